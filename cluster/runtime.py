@@ -1,0 +1,56 @@
+"""Ray: a cluster to run on, the one named by RAY_ADDRESS or one of this process alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from cluster.errors import UserError
+
+# Settings that workers on other machines need to find the same servers. Never credentials: those are each node's own.
+FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_HUB_OFFLINE")
+
+
+@contextmanager
+def connect(min_cpus: int) -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    With RAY_ADDRESS set, to that cluster. Else a cluster is started inside this process and ended with the
+    block; it offers at least `min_cpus`, even where the machine has fewer cores.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+            ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
+        else:
+            num_cpus = max(min_cpus, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {str(error).splitlines()[0]}; "
+            "start it with 'ray start --head', or unset RAY_ADDRESS to run on this machine alone"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_capacity(*, num_workers: int, cpus_per_worker: int, gpus_per_worker: int) -> None:
+    """Raise UserError when the connected cluster could never hold the workers, rather than wait for ever."""
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)):
+        needed, there = num_workers * each, int(total.get(resource, 0))
+        if needed > there:
+            raise UserError(
+                f"{num_workers} workers need {needed} {resource}s, the Ray cluster has {there}: "
+                "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
+            )

@@ -1,0 +1,39 @@
+"""The front door: one command that mounts each folder's commands."""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from cluster.errors import UserError
+from data_shards.cli import app as shards
+from trainers import cli as trainers
+
+# A user's terminal is for our messages; libraries below speak up through exceptions.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+app = typer.Typer(
+    help="Train text-to-image diffusion models on medical images with captions, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(shards, name="shards", help="Turn a data set into shards, and look at them.")
+app.command()(trainers.train)
+app.command()(trainers.generate)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

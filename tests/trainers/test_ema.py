@@ -1,0 +1,36 @@
+import torch
+from torch import nn
+
+from trainers.ema import EMA
+
+
+def test_average_equals_the_closed_form() -> None:
+    model = nn.Linear(3, 2)
+    ema = EMA(model, decay=0.6)
+    weights = [model.weight.detach().double().clone()]
+    for _ in range(12):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        ema.update(model)
+        weights.append(model.weight.detach().double().clone())
+
+    # a_n = sum_k (1 - d_k) prod_{j > k} d_j w_k, with d_0 = 0 for the initial weights
+    decays = [0.0] + [min(0.6, (1 + n) / (10 + n)) for n in range(1, 13)]
+    expected = torch.zeros_like(weights[0])
+    for k, weight in enumerate(weights):
+        later = torch.tensor(decays[k + 1 :], dtype=torch.float64).prod()
+        expected += (1 - decays[k]) * later * weight
+    torch.testing.assert_close(ema.average["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_swapping_twice_gives_back_the_very_bits() -> None:
+    model = nn.Linear(4, 4)
+    ema = EMA(model, decay=0.9)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    weight, average = model.weight.detach().clone(), ema.average["weight"].clone()
+    ema.swap(model)
+    assert torch.equal(model.weight, average)
+    ema.swap(model)
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(ema.average["weight"], average)

@@ -1,0 +1,189 @@
+"""Whole runs under Ray Train: local, on S3 with a tracking server, killed, and interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from cluster import storage
+from cluster.tracking import Tracker
+from trainers.generate import generate
+from trainers.launch import Progress, TrainedRun, train_recipe
+from trainers.recipe import Recipe, dump_recipe, load_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def train(recipe: Recipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
+    return train_recipe(recipe, name, on_progress=on_progress, on_stop_requested=lambda: None)
+
+
+def with_values(document: dict[str, Any], **values: Any) -> Recipe:
+    """The recipe with dotted keys (written with __) set."""
+    for path, value in values.items():
+        *parents, last = path.split("__")
+        block = document
+        for parent in parents:
+            block = block[parent]
+        block[last] = value
+    return Recipe.model_validate(document)
+
+
+def draw(model_uri: str, out: Path) -> list[bytes]:
+    paths = generate(
+        model_uri,
+        "a large polyp",
+        out,
+        num_images=3,
+        batch_size=2,
+        seed=7,
+        guidance_scale=3.5,
+        num_inference_steps=2,
+        device="cpu",
+    )
+    return [path.read_bytes() for path in paths]
+
+
+def final_weights(trained: TrainedRun) -> dict[str, torch.Tensor]:
+    with storage.local_folder(trained.folder.model("denoiser")) as folder:
+        return {
+            f"{part}/{name}": value
+            for part in ("vae", "unet")
+            for name, value in safetensors.torch.load_file(
+                folder / part / "diffusion_pytorch_model.safetensors"
+            ).items()
+        }
+
+
+def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert len(one) > 50
+    different = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    assert not different
+
+
+def check_record(trained: TrainedRun, recipe: Recipe) -> None:
+    """Everything a reader of MLflow expects to find in the run."""
+    tracker = trained.tracker
+    for stage in ("vae", "denoiser"):
+        for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
+            assert [step for step, _ in tracker.metric_history(f"{stage}/{name}")] == [2, 4, 6]
+        assert [step for step, _ in tracker.metric_history(f"{stage}/validation_loss")] == [6]
+    with storage.local_folder(trained.folder.uri) as folder:
+        assert Image.open(folder / "pictures" / "denoiser-000006.png").size == (3 * 18 - 2, 16)
+        assert Image.open(folder / "pictures" / "vae-000006.png").height == 32
+
+
+def test_a_run_on_s3_with_a_tracking_server(
+    recipe_document: dict[str, Any],
+    s3_shards: str,
+    bucket: str,
+    mlflow_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Shards, checkpoints and artifacts on S3; two DDP ranks; the record on a real server; the model registered."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    recipe = with_values(
+        recipe_document,
+        data__shards=s3_shards,
+        cluster__storage=storage.join(bucket, "runs"),
+        cluster__num_workers=2,
+        tracking__experiment="on-s3",
+        tracking__artifact_location=storage.join(bucket, "mlflow"),
+    )
+    reports: list[Progress] = []
+    trained = train(recipe, "whole", reports.append)
+    assert {(p.stage, p.step) for p in reports} >= {("vae", 6), ("denoiser", 6)}
+    assert trained.model_uri == "models:/tiny/1"
+    check_record(trained, recipe)
+    assert any(name.startswith("mlflow/") for name in storage.list_files(bucket))
+    assert draw(trained.model_uri, tmp_path / "a") == draw(trained.model_uri, tmp_path / "b")
+
+    # The logged recipe alone repeats the run, and starting a finished run again trains nothing.
+    (tmp_path / "again.yaml").write_text(trained.tracker.read_text("recipe.yaml"))
+    again = load_recipe(str(tmp_path / "again.yaml"))
+    assert again == recipe
+    reports.clear()
+    assert train(again, "whole", reports.append).model_uri == trained.model_uri
+    assert reports == []
+    assert_equal(final_weights(train(again, "repeated")), final_weights(trained))
+
+
+def test_a_killed_worker_changes_nothing(
+    recipe_document: dict[str, Any], tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 on a rank in mid-training: the run goes on by itself and ends with the undisturbed run's weights."""
+    recipe = with_values(
+        recipe_document, cluster__num_workers=2, denoiser__training__steps=40, tracking__register_as=None
+    )
+    undisturbed = train(recipe, "undisturbed")
+    killed: list[int] = []
+
+    def kill_a_rank(progress: Progress) -> None:
+        if progress.stage == "denoiser" and progress.step >= 6 and not killed:
+            victim = ray_train_workers()[-1]
+            victim.kill()
+            killed.append(victim.pid)
+
+    disturbed = train(recipe, "disturbed", kill_a_rank)
+    assert len(killed) == 1
+    assert_equal(final_weights(disturbed), final_weights(undisturbed))
+    for name in ("denoiser/loss", "denoiser/validation_loss"):
+        assert disturbed.tracker.metric_history(name) == undisturbed.tracker.metric_history(name)
+
+
+def ray_train_workers() -> list[psutil.Process]:
+    """The rank processes of the Ray cluster inside this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        title = " ".join(process.cmdline()[:1])
+        if "RayTrainWorker" in title:
+            found.append(process)
+    assert found
+    return found
+
+
+def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
+    recipe_document: dict[str, Any], tracking_uri: str, tmp_path: Path
+) -> None:
+    """Ctrl-C saves the state and prints the command that goes on; that command finishes the very run."""
+    recipe = with_values(recipe_document, denoiser__training__steps=400, denoiser__training__checkpoint_every_steps=1000)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    command = [sys.executable, "-m", "medsynth", "train", str(path), "--run", "stopped"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert first.stdout is not None
+    lines: list[str] = []
+    for line in first.stdout:
+        lines.append(line)
+        if " denoiser " in line:
+            first.send_signal(signal.SIGINT)
+            break
+    lines += list(first.stdout)
+    output = "".join(lines)
+    assert first.wait(60) == 130, output
+    assert "Stopped and saved. To go on: medsynth train" in output
+    assert "--run stopped" in output
+
+    second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert " vae " not in "".join(line for line in second.stdout.splitlines() if "/6 " in line)
+    straight = train(recipe, "straight")
+    resumed = safetensors.torch.load_file(
+        tmp_path / "runs/stopped/denoiser/model/unet/diffusion_pytorch_model.safetensors"
+    )
+    expected = {
+        name.removeprefix("unet/"): value for name, value in final_weights(straight).items() if "unet" in name
+    }
+    assert_equal(resumed, expected)

@@ -1,0 +1,242 @@
+"""The loop and the DDP engine: equal at any world size, resumed or not, and never a non-finite weight."""
+
+import multiprocessing
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainers import worker
+from trainers.engines.ddp import DDPEngine
+from trainers.loop import MAX_SKIPPED_STEPS, DivergedError, train
+from trainers.msdm.export import export_vae
+from trainers.recipe import Recipe
+from trainers.run_folder import RunFolder
+from trainers.stage import Stage
+from trainers.worker import build_stage, open_stream, train_rank, training_of
+
+CPU = torch.device("cpu")
+
+
+class Reports:
+    """What the loop reported; checkpoints are kept by step."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.pixels: dict[int, Tensor] = {}
+        self.checkpoints: dict[int, Path] = {}
+
+    def __call__(self, step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+        self.metrics[step] = metrics
+        if pixels is not None:
+            self.pixels[step] = pixels
+        if folder is not None:
+            self.checkpoints[step] = folder
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return states(self.checkpoints[max(self.checkpoints)])
+
+    def series(self, name: str) -> list[float]:
+        return [self.metrics[step][name] for step in sorted(self.metrics) if name in self.metrics[step]]
+
+
+def states(checkpoint: Path) -> dict[str, Tensor]:
+    return {
+        f"{part}/{name}": value
+        for part in ("model", "ema")
+        for name, value in safetensors.torch.load_file(checkpoint / f"{part}.safetensors").items()
+    }
+
+
+def vae_model(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
+    """A barely trained autoencoder in the run's folder, which the denoiser stage starts from."""
+    reports = Reports()
+    short = recipe.vae.training.model_copy(update={"steps": 2})
+    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": short})})
+    train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
+    batches = next(open_stream(recipe, "train", short).batches())
+    export_vae(recipe, reports.checkpoints[2], batches, Path(run.model("vae")))
+
+
+@pytest.fixture
+def run(recipe: Recipe, tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path / "run"))
+    vae_model(recipe, folder, tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+def test_resumed_is_bitwise_never_stopped(recipe: Recipe, run: RunFolder, stage: str) -> None:
+    straight, resumed = Reports(), Reports()
+    train_rank(recipe, stage, run, device=CPU, report=straight, resume_from=None)
+    assert sorted(straight.checkpoints) == [2, 4, 6]
+    train_rank(recipe, stage, run, device=CPU, report=resumed, resume_from=straight.checkpoints[2])
+    assert sorted(resumed.checkpoints) == [4, 6]
+    assert straight.weights.keys() == resumed.weights.keys()
+    assert all(torch.equal(value, resumed.weights[name]) for name, value in straight.weights.items())
+    assert straight.metrics[6]["loss"] == resumed.metrics[6]["loss"]
+    assert straight.metrics[6]["validation_loss"] == resumed.metrics[6]["validation_loss"]
+    assert torch.equal(straight.pixels[6], resumed.pixels[6])
+
+
+def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
+    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped, resumed = Reports(), Reports(), Reports()
+    train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
+    asked = count(1)
+    training = training_of(recipe, "denoiser")
+    stage = build_stage(recipe, "denoiser", run, CPU)
+    steps = train(
+        training=training,
+        stage=stage,
+        engine=DDPEngine(stage.model, training, CPU),
+        stream=open_stream(recipe, "train", training),
+        validation=open_stream(recipe, "validation", training),
+        seed=recipe.seed,
+        report=stopped,
+        stop_requested=lambda: next(asked) == 3,
+    )
+    assert steps == 3
+    assert sorted(stopped.checkpoints) == [2, 3]
+    train_rank(recipe, "denoiser", run, device=CPU, report=resumed, resume_from=stopped.checkpoints[3])
+    assert all(torch.equal(value, resumed.weights[name]) for name, value in straight.weights.items())
+
+
+def test_the_stop_file_reaches_the_loop(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STOP_POLL_SECONDS", 0.01)
+    run.request_stop()
+    endless = recipe.vae.training.model_copy(update={"steps": 10_000})
+    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": endless})})
+    reports = Reports()
+    steps = train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
+    assert steps < 10_000
+    assert steps in reports.checkpoints
+    run.clear_stop()
+    assert not run.stop_requested()
+
+
+def test_losses_fall_on_real_images(recipe: Recipe, run: RunFolder) -> None:
+    longer = recipe.vae.training.model_copy(update={"steps": 60, "log_every_steps": 10, "learning_rate": 5e-3})
+    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": longer})})
+    reports = Reports()
+    train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
+    losses = reports.series("loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert reports.series("grad_norm")[0] > 0
+
+
+# --- several ranks ---
+
+
+def train_on_rank(rank: int, world_size: int, port: int, recipe: Recipe, run: RunFolder, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    reports = Reports()
+    for stage in ("vae", "denoiser"):
+        train_rank(recipe, stage, run, device=CPU, report=reports, resume_from=None)
+        if rank == 0:
+            torch.save((reports.metrics, reports.pixels[6], reports.weights), out / f"{stage}.pt")
+    dist.destroy_process_group()
+
+
+def train_on(world_size: int, recipe: Recipe, run: RunFolder, out: Path) -> dict[str, Any]:
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=train_on_rank, args=(rank, world_size, port, recipe, run, out))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * world_size
+    return {stage: torch.load(out / f"{stage}.pt") for stage in ("vae", "denoiser")}
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
+    one = train_on(1, recipe, run, tmp_path / "one")
+    two = train_on(2, recipe, run, tmp_path / "two")
+    for stage in ("vae", "denoiser"):
+        (metrics_1, pixels_1, weights_1), (metrics_2, pixels_2, weights_2) = one[stage], two[stage]
+        assert metrics_1.keys() == metrics_2.keys()
+        for step in metrics_1:
+            for name in ("loss", "validation_loss", "grad_norm"):
+                if name in metrics_1[step]:
+                    assert metrics_2[step][name] == pytest.approx(metrics_1[step][name], rel=1e-5, abs=1e-5)
+        assert weights_1.keys() == weights_2.keys()
+        for name, value in weights_1.items():
+            torch.testing.assert_close(weights_2[name], value, rtol=1e-5, atol=1e-5)
+        assert (pixels_1.int() - pixels_2.int()).abs().max() <= 1
+
+
+# --- losses that are not finite ---
+
+
+@pytest.fixture
+def poisoned(recipe: Recipe, run: RunFolder) -> Iterator[tuple[Stage, list[float]]]:
+    """The autoencoder's stage with losses multiplied by what the test puts into the list."""
+    stage = build_stage(recipe, "vae", run, CPU)
+    factors: list[float] = []
+
+    def objective(model: nn.Module, **prepared: Tensor) -> Tensor:
+        losses: Tensor = stage.objective(model, **prepared)
+        return losses * (factors.pop(0) if factors else 1.0)
+
+    yield replace(stage, objective=objective), factors
+
+
+def train_poisoned(recipe: Recipe, stage: Stage, reports: Reports) -> DDPEngine:
+    training = recipe.vae.training.model_copy(
+        update={"micro_batch_size": 4, "log_every_steps": 1, "validate_every_steps": 100, "checkpoint_every_steps": 1}
+    )
+    engine = DDPEngine(stage.model, training, CPU)
+    train(
+        training=training,
+        stage=stage,
+        engine=engine,
+        stream=open_stream(recipe, "train", training),
+        validation=open_stream(recipe, "validation", training),
+        seed=0,
+        report=reports,
+    )
+    return engine
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_non_finite_step_leaves_the_weights_as_they_were(
+    recipe: Recipe, poisoned: tuple[Stage, list[float]], factor: float
+) -> None:
+    stage, factors = poisoned
+    factors += [1.0, 1.0, factor, 1.0]
+    reports = Reports()
+    train_poisoned(recipe, stage, reports)
+    before, after, next_one = (states(reports.checkpoints[step]) for step in (2, 3, 4))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert any(not torch.equal(value, next_one[name]) for name, value in after.items())
+    assert all(torch.isfinite(value).all() for value in next_one.values())
+    assert [reports.metrics[step]["skipped_steps"] for step in (2, 3, 4)] == [0, 1, 0]
+
+
+def test_a_diverged_run_ends_with_an_explanation(recipe: Recipe, poisoned: tuple[Stage, list[float]]) -> None:
+    stage, factors = poisoned
+    factors += [float("nan")] * (MAX_SKIPPED_STEPS + 5)
+    longer = recipe.vae.training.model_copy(update={"steps": 50})
+    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": longer})})
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        train_poisoned(recipe, stage, Reports())
+    assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())

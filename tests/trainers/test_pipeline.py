@@ -1,0 +1,106 @@
+"""The pipeline: guidance, seeds, and the diffusers layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from trainers.msdm import MSDMPipeline
+from trainers.msdm.text_encoder import load_text_encoder
+from trainers.msdm.unet import build_scheduler, build_unet
+from trainers.msdm.vae import build_vae, decode_latents, set_channel_statistics, standardize
+from trainers.recipe import Recipe
+
+
+@pytest.fixture
+def pipeline(recipe: Recipe) -> MSDMPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
+    vae = build_vae(recipe.vae.architecture, recipe.data.resolution)
+    set_channel_statistics(vae, torch.randn(16, 8, 8, 8) * 3 + 1)
+    unet = build_unet(recipe.denoiser.architecture, latent_channels=8, latent_side=8, embedding_dim=32)
+    pipeline = MSDMPipeline(
+        vae.eval(), text_encoder, tokenizer, unet.eval(), build_scheduler(recipe.denoiser.noise, recipe.sampling)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: MSDMPipeline, prompts: list[str], *, guidance_scale: float = 3.5) -> Tensor:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    images: Tensor = pipeline(
+        prompts, guidance_scale=guidance_scale, num_inference_steps=3, generator=generators, output_type="pt"
+    ).images
+    return images
+
+
+def test_guidance_of_one_is_the_conditional_prediction(pipeline: MSDMPipeline) -> None:
+    """Against the plain sampling loop without any unconditional pass, written out here."""
+    latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    drawn = pipeline(["a", "b"], guidance_scale=1.0, num_inference_steps=3, latents=latents, output_type="pt").images
+
+    embeds, mask = pipeline.encode_prompts(["a", "b"])
+    pipeline.scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for timestep in pipeline.scheduler.timesteps:
+            conditional = pipeline.unet(latents, timestep, embeds, encoder_attention_mask=mask).sample
+            latents = pipeline.scheduler.step(conditional, timestep, latents).prev_sample
+        expected = (decode_latents(pipeline.vae, latents) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(drawn, expected)
+
+
+def test_guidance_moves_away_from_the_unconditional_picture(pipeline: MSDMPipeline) -> None:
+    unconditional = draw(pipeline, [""], guidance_scale=1.0)
+    distances = [
+        float((draw(pipeline, ["a polyp"], guidance_scale=scale) - unconditional).norm()) for scale in (1.0, 4.0, 8.0)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline: MSDMPipeline) -> None:
+    together = draw(pipeline, ["a polyp", "a polyp"])
+    torch.testing.assert_close(draw(pipeline, ["a polyp"]), together[:1])
+    assert not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm-solver++"])
+def test_every_sampler_repeats_itself(pipeline: MSDMPipeline, recipe: Recipe, scheduler: str) -> None:
+    sampling = recipe.sampling.model_copy(update={"scheduler": scheduler})
+    pipeline.scheduler = build_scheduler(recipe.denoiser.noise, sampling)
+    first, second = draw(pipeline, ["a polyp"]), draw(pipeline, ["a polyp"])
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, second)
+
+
+def test_padding_tokens_do_not_reach_the_picture(pipeline: MSDMPipeline) -> None:
+    embeds, mask = pipeline.encode_prompts(["a polyp"])
+    changed = torch.where(mask[..., None].bool(), embeds, torch.full_like(embeds, 7.0))
+    latents = torch.randn(1, 8, 8, 8)
+    with torch.no_grad():
+        one = pipeline.unet(latents, 5, embeds, encoder_attention_mask=mask).sample
+        other = pipeline.unet(latents, 5, changed, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(one, other)
+
+
+def test_saved_and_loaded_it_draws_the_same(pipeline: MSDMPipeline, tmp_path: Path) -> None:
+    before = draw(pipeline, ["a polyp"])
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    loaded = MSDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, ["a polyp"]), before)
+
+
+def test_latents_are_standardised_and_decoding_undoes_it(pipeline: MSDMPipeline) -> None:
+    draws = torch.randn(64, 8, 8, 8) * torch.arange(1, 9).view(1, 8, 1, 1) + 2
+    set_channel_statistics(pipeline.vae, draws)
+    latents = standardize(pipeline.vae, draws)
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            decode_latents(pipeline.vae, latents[:2]), pipeline.vae.decode(draws[:2]).sample, atol=1e-3, rtol=1e-3
+        )

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.errors import UserError
+from trainers.recipe import dump_recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_every_shipped_recipe_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    assert len(RECIPES) >= 3
+    for path in RECIPES:
+        recipe = load_recipe(str(path))
+        (tmp_path / path.name).write_text(dump_recipe(recipe))
+        assert load_recipe(str(tmp_path / path.name)) == recipe
+
+
+def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
+    recipe = load_recipe(str(recipe_file), ["denoiser.training.learning_rate=3e-4", "data.horizontal_flip=true"])
+    assert recipe.denoiser.training.learning_rate == 3e-4
+    assert recipe.data.horizontal_flip is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("denoiser.training.learning_rat=1e-4", "did you mean 'learning_rate'"),
+        ("denoiser.training.learning_rat=1e-4", "unknown key 'denoiser.training.learning_rat'"),
+        ("dato.shards=x", "did you mean 'data'"),
+        ("denoiser.noise.prediction_type=eps", "denoiser.noise.prediction_type"),
+        ("vae.training.steps=many", "not 'many'"),
+        ("vae.training.steps=-1", "greater than 0"),
+        ("denoiser.noise.zero_terminal_snr=true denoiser.noise.prediction_type=epsilon", "needs prediction_type v_prediction"),
+        ("vae.training.micro_batch_size=3", "not a multiple of"),
+        ("vae.architecture.block_out_channels=[8,8,8,8,8]", "latents of side 1"),
+        ("cluster.num_workers=3", "x 3 workers"),
+        ("denoiser.architecture.cross_attention=[true]", "cross_attention has 1 levels"),
+        ("seed", "write it as key=value"),
+        ("name.first=x", "'name' is a value"),
+        ("sampling.prompts=[]", "sampling.prompts"),
+        ("name=../evil", "name"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_remedy(recipe_file: Path, overrides: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(recipe_file), overrides.split())
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(recipe_file: Path, recipe_document: dict[str, Any]) -> None:
+    del recipe_document["data"]["shards"]
+    recipe_file.write_text(yaml.safe_dump(recipe_document))
+    with pytest.raises(UserError, match=r"missing key 'data\.shards'"):
+        load_recipe(str(recipe_file))
+
+
+@pytest.mark.parametrize("text", ["just words", "a: [1", "", "!!python/object/apply:os.system ['true']"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load_recipe(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_recipe(str(tmp_path / "nowhere.yaml"))

@@ -1,0 +1,38 @@
+"""Exponential moving average of a model's weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """A float32 moving average of `model`'s floating-point state, kept beside the model on its device.
+
+    After update n (1-based) the average is  a_n = d_n a_{n-1} + (1 - d_n) w_n  with a_0 the initial weights
+    and d_n = min(decay, (1 + n) / (10 + n)), the ramp of the TensorFlow reference implementation: without
+    it the initial weights would dominate short runs.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.average = {name: value.detach().clone().float() for name, value in _weights(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's present weights."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        weights = [value.detach().float() for value in _weights(model).values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average; a second call puts both back."""
+        for name, value in _weights(model).items():
+            present = value.detach().clone()
+            value.copy_(self.average[name])
+            self.average[name].copy_(present)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}

@@ -1,0 +1,107 @@
+"""The engine for models that fit one device: a replica on each rank, gradients averaged over ranks."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainers import checkpoint
+from trainers.ema import EMA
+from trainers.engines import StepOutcome
+from trainers.recipe import Training
+
+T = TypeVar("T")
+
+
+class DDPEngine:
+    """AdamW on replicas held equal by DistributedDataParallel; alone (no process group) it needs neither."""
+
+    def __init__(self, model: nn.Module, training: Training, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._training = training
+        self._module = model.to(device).train()
+        self.model: nn.Module = self._module
+        if self.world_size > 1:
+            self.model = DistributedDataParallel(
+                self._module,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self._optimizer = torch.optim.AdamW(
+            self._module.parameters(),
+            lr=training.learning_rate,
+            betas=training.adam_betas,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self._ema = EMA(self._module, training.ema_decay)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16"
+        )
+
+    def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
+        # Ranks exchange gradients in the backward pass; before the last micro-batch that would be wasted.
+        model = self.model
+        exchange_later = isinstance(model, DistributedDataParallel) and not is_last_micro_batch
+        with model.no_sync() if exchange_later else nullcontext():  # type: ignore[operator]
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> StepOutcome:
+        grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._training.max_grad_norm)
+        # One small exchange carries the loss and the wish to stop; gradients are equal on all ranks already.
+        shared = torch.stack([loss.detach().float(), loss.new_tensor(float(stop_requested)).float()])
+        if self.world_size > 1:
+            dist.all_reduce(shared)
+        mean_loss, stop_votes = (shared / self.world_size).tolist()
+        applied = bool(torch.isfinite(shared[0]) and torch.isfinite(grad_norm))
+        if applied:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._ema.update(self._module)
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(mean_loss, float(grad_norm), applied, stop_votes > 0)
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[nn.Module]:
+        self._ema.swap(self._module)
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                yield self._module
+        finally:
+            self._ema.swap(self._module)
+            self._module.train()
+
+    def mean(self, total: float, count: int) -> float:
+        sums = torch.tensor([total, float(count)], dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def gather(self, value: T) -> list[T]:
+        if self.world_size == 1:
+            return [value]
+        gathered: list[T | None] = [None] * self.world_size
+        dist.gather_object(value, gathered if self.rank == 0 else None)
+        return [item for item in gathered if item is not None] if self.rank == 0 else []
+
+    def save(self, folder: Path, step: int) -> bool:
+        if self.rank == 0:  # replicas are equal: one rank writes for all
+            checkpoint.save(
+                folder, step=step, model=self._module, ema=self._ema, optimizer=self._optimizer
+            )
+        return self.rank == 0
+
+    def load(self, folder: Path) -> int:
+        return checkpoint.load(folder, model=self._module, ema=self._ema, optimizer=self._optimizer)

@@ -1,0 +1,314 @@
+"""From a recipe to a trained, registered model: Ray Train runs each stage, MLflow records it.
+
+The only module of this folder that imports Ray.
+"""
+
+import io
+import json
+import platform
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.util.queue import Queue
+from torch import Tensor
+
+from cluster import runtime, storage
+from cluster.errors import UserError
+from cluster.tracking import Tracker
+from data_shards import Manifest
+from trainers.loop import DivergedError
+from trainers.msdm.export import export_pipeline, export_vae
+from trainers.msdm.text_encoder import load_text_encoder
+from trainers.pictures import grid
+from trainers.recipe import Recipe, dump_recipe
+from trainers.run_folder import RunFolder
+from trainers.worker import STAGES, check_data, open_stream, train_rank, training_of
+
+LATENT_STATISTICS_SAMPLES = 256
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a running stage."""
+
+    stage: str
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """Where a finished run's results are."""
+
+    folder: RunFolder
+    tracker: Tracker
+    metrics: Mapping[str, float]  # the last of each, by stage/name
+    model_uri: str  # models:/NAME/VERSION, or the model's folder when the recipe registers nothing
+
+
+class RunStopped(Exception):  # noqa: N818 - what happened, not what went wrong
+    """The run was asked to stop, has saved its state, and goes on when started again under its name."""
+
+
+def train_recipe(
+    recipe: Recipe,
+    run_name: str,
+    *,
+    on_progress: Callable[[Progress], None],
+    on_stop_requested: Callable[[], None],
+) -> TrainedRun:
+    """Train every stage, then export and register the model. A run that was stopped goes on under its name.
+
+    Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
+    was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
+    """
+    manifest = check_data(recipe)
+    load_text_encoder(recipe.text_encoder)
+    run = RunFolder.of(recipe, run_name)
+    storage.check_writable(run.uri)
+    with runtime.connect(min_cpus=recipe.cluster.num_workers * recipe.cluster.cpus_per_worker):
+        runtime.check_capacity(
+            num_workers=recipe.cluster.num_workers,
+            cpus_per_worker=recipe.cluster.cpus_per_worker,
+            gpus_per_worker=int(recipe.cluster.use_gpu),
+        )
+        tracker = _begin(recipe, manifest, run, run_name)
+        status = "FAILED"
+        try:
+            for stage in STAGES:
+                if not run.has_model(stage):
+                    _train_stage(recipe, stage, run, tracker, on_progress, on_stop_requested)
+            model_uri = _register(recipe, manifest, run, tracker)
+            status = "FINISHED"
+        except (RunStopped, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
+    return TrainedRun(run, tracker, tracker.last_metrics(), model_uri)
+
+
+def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) -> Tracker:
+    """The MLflow run this run began with, if it is resumed; else a new one that says what will be done."""
+    run.clear_stop()
+    if previous := run.previous(recipe):
+        return Tracker.resume(previous["run_id"], previous["tracking_uri"])
+    tracker = Tracker.start(
+        experiment=recipe.tracking.experiment,
+        run_name=run_name,
+        tags={"git_commit": _git_commit(), "manifest_digest": manifest.digest, "run_folder": run.uri},
+        artifact_location=recipe.tracking.artifact_location,
+    )
+    tracker.log_params(recipe.model_dump(mode="json"))
+    tracker.log_text(dump_recipe(recipe), "recipe.yaml")
+    tracker.log_dataset(
+        name=manifest.name,
+        digest=manifest.digest,
+        source=storage.absolute(recipe.data.shards),
+        context="training",
+    )
+    run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": tracker.tracking_uri})
+    return tracker
+
+
+def _train_stage(
+    recipe: Recipe,
+    stage: str,
+    run: RunFolder,
+    tracker: Tracker,
+    on_progress: Callable[[Progress], None],
+    on_stop_requested: Callable[[], None],
+) -> None:
+    """Train one stage under Ray Train and put its model into the run's folder."""
+    cluster = recipe.cluster
+    filesystem, storage_path = storage.arrow_filesystem(run.uri)
+    reports = Queue(actor_options={"num_cpus": 0})
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"recipe": recipe, "stage": stage, "run": run, "tracker": tracker},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=stage,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=cluster.keep_checkpoints),
+            callbacks=[_RecordReports(stage, training_of(recipe, stage).steps, run, tracker, reports)],
+        ),
+    )
+    result = _fit(trainer, run, reports, on_progress, on_stop_requested)
+    if result.checkpoint is None or result.metrics is None:
+        raise RunStopped
+    if result.metrics["step"] < training_of(recipe, stage).steps:
+        raise RunStopped
+    export = ray.remote(_export_stage).options(
+        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu)
+    )
+    ray.get(export.remote(recipe, stage, run, result.checkpoint))
+
+
+def _fit(
+    trainer: ray.train.torch.TorchTrainer,
+    run: RunFolder,
+    reports: Queue,
+    on_progress: Callable[[Progress], None],
+    on_stop_requested: Callable[[], None],
+) -> ray.train.Result:
+    """Run the trainer to its end while passing its reports on; the first Ctrl-C asks it to save and stop.
+
+    Ray's own handler of Ctrl-C would abort at once and lose the steps since the last checkpoint. It is only
+    installed on the main thread, so training is awaited on another.
+    """
+    outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
+
+    def fit() -> None:
+        try:
+            outcome.put(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            outcome.put(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    stopping = False
+    while thread.is_alive() or not reports.empty():
+        try:
+            thread.join(timeout=POLL_SECONDS)
+            for progress in reports.get_nowait_batch(reports.qsize()):
+                on_progress(progress)
+        except KeyboardInterrupt:
+            if stopping:
+                raise
+            stopping = True
+            run.request_stop()
+            on_stop_requested()
+    result = outcome.get()
+    if isinstance(result, BaseException):
+        raise _cause(result) from None
+    return result
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The user's mistake or the divergence behind a failed training, if there is one; else the failure itself."""
+    failures = getattr(error, "worker_failures", {}).values()
+    for failure in failures:
+        original = getattr(failure, "_base_exc", failure)
+        if isinstance(original, UserError):
+            return original
+        if isinstance(original, DivergedError):
+            return UserError(str(original))
+    return error
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each rank."""
+    recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
+    context = ray.train.get_context()
+
+    def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+        if pixels is not None and len(pixels):
+            png = io.BytesIO()
+            grid(pixels).save(png, "PNG")
+            storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
+        ray.train.report(
+            {"step": step, "has_picture": pixels is not None, **metrics},
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
+            checkpoint_dir_name=f"step-{step:06d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+
+    checkpoint = ray.train.get_checkpoint()
+    node = platform.node()
+    with (
+        tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),
+        checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
+    ):
+        train_rank(
+            recipe,
+            config["stage"],
+            run,
+            device=ray.train.torch.get_device(),
+            report=report,
+            resume_from=Path(resume_from) if resume_from else None,
+        )
+
+
+class _RecordReports(ray.train.UserCallback):
+    """On the controller: every report to MLflow, and on to whoever watches. One process speaks to MLflow."""
+
+    def __init__(self, stage: str, steps: int, run: RunFolder, tracker: Tracker, reports: Queue) -> None:
+        self.stage = stage
+        self.steps = steps
+        self.run = run
+        self.tracker = tracker
+        self.reports = reports
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        values = dict(metrics[0])
+        step, has_picture = values.pop("step"), values.pop("has_picture")
+        self.tracker.log_metrics({f"{self.stage}/{name}": value for name, value in values.items()}, step)
+        if has_picture:
+            picture = self.run.picture(self.stage, step)
+            self.tracker.log_picture(f"{self.stage}/samples", storage.read_bytes(picture), step)
+        self.reports.put(Progress(self.stage, step, self.steps, values))
+
+
+def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:
+    """The finished checkpoint as a model in the diffusers layout, in the run's folder."""
+    with TemporaryDirectory() as out, checkpoint.as_directory() as folder:
+        if stage == "vae":
+            training = training_of(recipe, stage)
+            steps = -(-LATENT_STATISTICS_SAMPLES // training.global_batch_size)
+            batches = [b for step in islice(open_stream(recipe, "train", training).batches(), steps) for b in step]
+            export_vae(recipe, Path(folder), batches, Path(out))
+        else:
+            with storage.local_folder(run.model("vae")) as vae:
+                export_pipeline(recipe, vae, Path(folder), Path(out))
+        storage.upload_folder(Path(out), run.model(stage))
+    run.mark_complete(stage)
+
+
+def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:
+    """Make the finished model a version of the recipe's registered model, once, and return its URI."""
+    name = recipe.tracking.register_as
+    if name is None:
+        return run.model(STAGES[-1])
+    marker = storage.join(run.uri, "registered.json")
+    if storage.exists(marker):
+        return str(json.loads(storage.read_bytes(marker))["model_uri"])
+    with storage.local_folder(run.model(STAGES[-1])) as folder:
+        name, version = tracker.register(
+            folder, name=name, tags={"manifest_digest": manifest.digest, "recipe": recipe.name}
+        )
+    model_uri = f"models:/{name}/{version}"
+    storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
+    return model_uri
+
+
+def _git_commit() -> str:
+    """The commit of the code that runs, with a + if it was changed since; 'unknown' outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL)
+        changes = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if changes.strip() else "")

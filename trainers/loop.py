@@ -1,0 +1,167 @@
+"""The training loop: one for every model.
+
+What differs between models is in the stage (what is trained, on which loss) and in the engine (on how many
+ranks, in which precision). Everything random is a function of the seed and the step, so a run that was stopped
+and resumed is the run that was never stopped, at any world size.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_shards import ShardStream, derive_seed
+from trainers.engines import Engine, StepOutcome
+from trainers.learning_rate import learning_rate_at
+from trainers.recipe import Training
+from trainers.stage import Stage
+
+MAX_SKIPPED_STEPS = 10  # in a row; a few are bad luck, ten are a diverged run
+
+Report = Callable[[int, dict[str, float], Tensor | None, Path | None], None]
+"""(step, metrics, preview pixels uint8 [N, H, W, 3] on rank 0, this rank's checkpoint folder); called by every
+rank alike. The folder belongs to the callee, who removes it."""
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradients were not finite in too many steps in a row."""
+
+
+def train(
+    *,
+    training: Training,
+    stage: Stage,
+    engine: Engine,
+    stream: ShardStream,
+    validation: ShardStream,
+    seed: int,
+    report: Report,
+    stop_requested: Callable[[], bool] = lambda: False,
+    resume_from: Path | None = None,
+) -> int:
+    """Train to `training.steps`, or until a rank is asked to stop, and return the number of finished steps.
+
+    Raises DivergedError after MAX_SKIPPED_STEPS steps in a row whose loss or gradient is not finite; the
+    weights are then those before the first of them.
+    """
+    step = engine.load(resume_from) if resume_from else 0
+    batches = stream.batches(start_step=step)
+    interval = Interval()
+    skipped_in_a_row = 0
+
+    while step < training.steps:
+        # Draw nothing from a state that a resume could not restore.
+        torch.manual_seed(derive_seed(seed, "step", step, engine.rank))
+
+        # Accumulate gradients over this rank's micro-batches.
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_seconds = time.perf_counter() - started
+        loss = torch.zeros((), device=engine.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            prepared = stage.prepare(micro_batch, True)
+            with engine.autocast():
+                micro_loss = stage.objective(engine.model, **prepared).mean() / len(micro_batches)
+            engine.backward(micro_loss, is_last_micro_batch=number == len(micro_batches))
+            loss += micro_loss.detach()
+
+        # Update the weights, unless some rank's loss or gradient is not finite.
+        learning_rate = learning_rate_at(step, training)
+        outcome = engine.step(learning_rate, loss, stop_requested=stop_requested())
+        step += 1
+        interval.add(outcome, seconds=time.perf_counter() - started, data_seconds=data_seconds)
+        skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
+        if skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise DivergedError(
+                f"loss or gradients were not finite in {MAX_SKIPPED_STEPS} steps in a row up to step {step}; "
+                f"lower the learning rate ({learning_rate:g}) or max_grad_norm ({training.max_grad_norm:g})"
+            )
+
+        # Log, validate, draw and save, each at its own pace; the last step does all four.
+        is_last = step == training.steps or outcome.stop_requested
+        metrics: dict[str, float] = {}
+        pixels: Tensor | None = None
+        folder: Path | None = None
+        if is_last or step % training.log_every_steps == 0:
+            metrics = interval.metrics(training.global_batch_size)
+            metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": learning_rate}
+            metrics |= {"replaced_samples": engine.mean(stream.replaced, 1) * engine.world_size}
+            interval = Interval()
+        if is_last or step % training.validate_every_steps == 0:
+            metrics["validation_loss"] = validation_loss(stage, engine, validation, training.micro_batch_size)
+        if is_last or step % training.preview_every_steps == 0:
+            pixels = preview(stage, engine)
+        if is_last or step % training.checkpoint_every_steps == 0:
+            folder = save(engine, step)
+        if metrics or pixels is not None or folder is not None:
+            report(step, metrics, pixels, folder)
+        if outcome.stop_requested:
+            break
+
+    return step
+
+
+def validation_loss(stage: Stage, engine: Engine, validation: ShardStream, micro_batch_size: int) -> float:
+    """Mean loss of the averaged weights over the whole validation split, each rank taking its share.
+
+    Noise and timesteps are each sample's own, so values of different steps and runs compare.
+    """
+    total, count = 0.0, 0
+    with engine.averaged_model() as model:
+        for batch in validation.one_pass(micro_batch_size):
+            prepared = stage.prepare(batch, False)
+            with engine.autocast():
+                losses = stage.objective(model, **prepared)
+            total += float(losses.double().sum())
+            count += len(losses)
+    return engine.mean(total, count)
+
+
+def preview(stage: Stage, engine: Engine) -> Tensor:
+    """Pictures of the averaged weights, drawn by all ranks; whole on rank 0, empty elsewhere."""
+    mine = range(engine.rank, stage.num_previews, engine.world_size)
+    with engine.averaged_model() as model:
+        drawn = stage.preview(model, mine)
+    by_picture: dict[int, Tensor] = {}
+    for rank, pixels in enumerate(engine.gather(drawn)):
+        by_picture |= dict(zip(range(rank, stage.num_previews, engine.world_size), pixels, strict=True))
+    return torch.stack([by_picture[i] for i in sorted(by_picture)]) if by_picture else torch.empty(0)
+
+
+def save(engine: Engine, step: int) -> Path | None:
+    """This rank's part of a checkpoint in a folder of its own, or None if it has none."""
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    if engine.save(folder, step):
+        return folder
+    folder.rmdir()
+    return None
+
+
+class Interval:
+    """What happened in the steps since the last report; validation, previews and saves do not count as time."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.steps = 0
+        self.seconds = 0.0
+        self.data_seconds = 0.0
+
+    def add(self, outcome: StepOutcome, *, seconds: float, data_seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        if outcome.applied:
+            self.losses.append(outcome.loss)
+
+    def metrics(self, global_batch_size: int) -> dict[str, float]:
+        """Mean loss of the applied steps (NaN if there is none), throughput, share of time spent waiting for data."""
+        return {
+            "loss": math.fsum(self.losses) / len(self.losses) if self.losses else math.nan,
+            "images_per_second": self.steps * global_batch_size / self.seconds,
+            "data_wait_fraction": self.data_seconds / self.seconds,
+            "skipped_steps": float(self.steps - len(self.losses)),
+        }

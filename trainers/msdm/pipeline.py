@@ -1,0 +1,127 @@
+"""MSDM as a diffusers pipeline: prompts to pictures."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainers.msdm.text_encoder import tokenize
+from trainers.msdm.vae import decode_latents
+
+
+class MSDMPipeline(DiffusionPipeline):
+    """Text-to-image sampling with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+
+    Saved and loaded in the diffusers layout: `MSDMPipeline.from_pretrained(folder)`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        default_guidance_scale: float = 3.5,
+        default_num_inference_steps: int = 30,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
+        )
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw one picture for each prompt.
+
+        Args:
+            guidance_scale: w in  uncond + w (cond - uncond);  1 is the plain conditional prediction, at half the cost.
+            generator: one for all, or one for each prompt, which makes a picture independent of its neighbours.
+            latents: initial noise [B, C, h, w], instead of drawing it.
+            output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]).
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        steps = num_inference_steps or self.config.default_num_inference_steps
+        prompt_embeds, prompt_mask = self.encode_prompts(prompts)
+        is_guided = guidance_scale != 1
+        if is_guided:
+            negative_embeds, negative_mask = self.encode_prompts([negative_prompt] * len(prompts))
+            prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
+            prompt_mask = torch.cat([negative_mask, prompt_mask])
+        latents = self.initial_latents(len(prompts), generator) if latents is None else latents.to(self.device)
+        self.scheduler.set_timesteps(steps, device=self.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        step_arguments = self._scheduler_arguments(generator)
+
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            model_input = torch.cat([latents, latents]) if is_guided else latents
+            model_input = self.scheduler.scale_model_input(model_input, timestep)
+            prediction = self.unet(
+                model_input, timestep, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
+            )[0]
+            if is_guided:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(
+                prediction, timestep, latents, **step_arguments, return_dict=False
+            )[0]
+
+        images = (decode_latents(self.vae, latents) / 2 + 0.5).clamp(0, 1)
+        return self._output(images, output_type, return_dict)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings [B, L, D] and their attention mask [B, L]."""
+        tokens = tokenize(self.tokenizer, prompts).to(self.device)
+        embeds: Tensor = self.text_encoder(**tokens).last_hidden_state
+        return embeds.to(self.unet.dtype), tokens["attention_mask"]
+
+    def initial_latents(
+        self, count: int, generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> Tensor:
+        """Standard normal noise [count, C, h, w], drawn on the CPU so that a seed means the same on any device."""
+        side = self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, side, side)
+        if generator is None or isinstance(generator, torch.Generator):
+            noise = torch.randn(count, *shape, generator=generator)
+        else:
+            noise = torch.stack([torch.randn(shape, generator=one) for one in generator])
+        return noise.to(self.device, self.unet.dtype)
+
+    def _scheduler_arguments(self, generator: Any) -> dict[str, Any]:
+        """Stochastic samplers draw noise at each step, which must come from the caller's generators."""
+        if "generator" not in inspect.signature(self.scheduler.step).parameters:
+            return {}
+        return {"generator": list(generator) if isinstance(generator, Sequence) else generator}
+
+    def _output(self, images: Tensor, output_type: str, return_dict: bool) -> Any:
+        output: Any = images
+        if output_type != "pt":
+            output = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            output = [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in output]
+        return ImagePipelineOutput(images=output) if return_dict else (output,)

@@ -1,0 +1,26 @@
+"""Grids of pictures, as people look at them."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+GAP = 2  # pixels between pictures
+
+
+def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
+    """Lay pixels uint8 [N, H, W, 3] out in rows of at most `columns`, on white."""
+    count, height, width, _ = pixels.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = torch.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=torch.uint8)
+    for number, picture in enumerate(pixels):
+        top, left = (number // columns) * (height + GAP), (number % columns) * (width + GAP)
+        canvas[top : top + height, left : left + width] = picture
+    return Image.fromarray(canvas.numpy())
+
+
+def pixels_of(images: Sequence[Image.Image]) -> Tensor:
+    """Equally sized pictures -> pixels uint8 [N, H, W, 3]."""
+    return torch.stack([torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).view(i.height, i.width, 3) for i in images])

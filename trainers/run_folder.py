@@ -1,0 +1,91 @@
+"""A run's folder: what is where, and what was decided when the run began.
+
+    RUN/run.json        the MLflow run that records it
+    RUN/recipe.yaml     the resolved recipe
+    RUN/STOP            there while the run is asked to stop
+    RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
+    RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
+    RUN/pictures/       previews
+"""
+
+import json
+from dataclasses import dataclass
+
+import yaml
+
+from cluster import storage
+from cluster.errors import UserError
+from trainers.recipe import Recipe, dump_recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names and small files of one run; everything may be s3://."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, run_name: str) -> "RunFolder":
+        return cls(storage.join(storage.absolute(recipe.cluster.storage), run_name))
+
+    def model(self, stage: str) -> str:
+        """The stage's finished model in the diffusers layout."""
+        return storage.join(self.uri, stage, "model")
+
+    def has_model(self, stage: str) -> bool:
+        # Folders are uploaded file by file; the marker comes last.
+        return storage.exists(storage.join(self.model(stage), "COMPLETE"))
+
+    def mark_complete(self, stage: str) -> None:
+        storage.write_bytes(storage.join(self.model(stage), "COMPLETE"), b"")
+
+    def picture(self, stage: str, step: int) -> str:
+        return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
+
+    def begin(self, recipe: Recipe, mlflow_run: dict[str, str]) -> None:
+        storage.write_bytes(storage.join(self.uri, "recipe.yaml"), dump_recipe(recipe).encode())
+        storage.write_bytes(storage.join(self.uri, "run.json"), json.dumps(mlflow_run).encode())
+
+    def previous(self, recipe: Recipe) -> dict[str, str] | None:
+        """The MLflow run of an earlier start of this run, or None if this is the first.
+
+        Raises UserError if the earlier start followed another recipe (its cluster settings may differ).
+        """
+        marker = storage.join(self.uri, "run.json")
+        if not storage.exists(marker):
+            return None
+        began_with = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "recipe.yaml")))
+        now = yaml.safe_load(dump_recipe(recipe))
+        changed = [key for key in _differences(began_with, now) if not key.startswith("cluster.")]
+        if changed:
+            raise UserError(
+                f"{self.uri} was begun with another recipe; {', '.join(changed[:5])} differ: "
+                "give the recipe it began with, or another --run name"
+            )
+        run: dict[str, str] = json.loads(storage.read_bytes(marker))
+        return run
+
+    @property
+    def _stop_file(self) -> str:
+        return storage.join(self.uri, "STOP")
+
+    def request_stop(self) -> None:
+        storage.write_bytes(self._stop_file, b"")
+
+    def clear_stop(self) -> None:
+        if self.stop_requested():
+            storage.delete(self._stop_file)
+
+    def stop_requested(self) -> bool:
+        return storage.exists(self._stop_file)
+
+
+def _differences(before: object, after: object, prefix: str = "") -> list[str]:
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return [] if before == after else [prefix]
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        difference
+        for key in keys
+        for difference in _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)
+    ]

@@ -1,0 +1,74 @@
+"""What a person sees while a run trains: a bar on a terminal, a line for each report in a log."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from trainers.launch import Progress, TrainedRun
+
+SHOWN = {"loss": ".4f", "validation_loss": ".4f", "images_per_second": ".1f", "grad_norm": ".2f"}
+
+
+class Watch:
+    """Shows the reports of a run as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Bars(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Watch":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def show(self, progress: "Progress") -> None:
+        figures = _figures(progress.metrics)
+        if not self._console.is_terminal:
+            elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
+            self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}")
+            return
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.steps, figures="")
+        shown = figures or self._bars.tasks[self._tasks[progress.stage]].fields["figures"]
+        self._bars.update(self._tasks[progress.stage], completed=progress.step, figures=shown)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
+    """The end of a run: its figures, where the pictures are, and what to do next."""
+    table = Table(title="Result", show_header=False, title_justify="left")
+    for stage in ("vae", "denoiser"):
+        values = {name.removeprefix(f"{stage}/"): v for name, v in trained.metrics.items() if name.startswith(stage)}
+        table.add_row(stage, _figures(values))
+    table.add_row("model", trained.model_uri)
+    table.add_row("pictures", f"{trained.folder.uri}/pictures")
+    table.add_row("MLflow", trained.tracker.ui_command())
+    console.print(table)
+    command = f'medsynth generate --model {trained.model_uri} --prompt "{prompt}" --num-images 8 --seed 0 --out samples'
+    console.print(f"Draw from it: {command}", soft_wrap=True)
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return "  ".join(
+        f"{name.replace('_', ' ')} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics
+    )
