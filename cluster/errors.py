@@ -1,0 +1,13 @@
+"""Mistakes that the user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One clear line: what is wrong, where, and what to do. The command line prints it and exits with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `word`, or None if none is alike: for messages that ask 'did you mean …?'."""
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)

@@ -1,0 +1,253 @@
+"""Files and objects by URI: s3://bucket/key, file:///path, or a plain path. The only importer of boto3.
+
+Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_URL included), in each process anew.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import pyarrow.fs
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from cluster.errors import UserError
+
+TRANSFER_THREADS = 8
+
+
+class StorageError(UserError):
+    """A place that cannot be read or written."""
+
+
+class NotFoundError(StorageError):
+    """A place where nothing is."""
+
+
+def is_remote(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, one slash between each."""
+    return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)]).replace("//", "/", 0)
+
+
+def absolute(uri: str) -> str:
+    """The same place named so that a process in another working folder finds it."""
+    return uri if is_remote(uri) else str(_path(uri).absolute())
+
+
+def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes from `start`, or all that follow. Raises StorageError if fewer are there."""
+    if length == 0:
+        return b""
+    with _explained("read", uri):
+        if is_remote(uri):
+            end = "" if length is None else start + length - 1
+            ranged = {} if (start, length) == (0, None) else {"Range": f"bytes={start}-{end}"}
+            data: bytes = _s3().get_object(**_location(uri), **ranged)["Body"].read()
+        else:
+            with _path(uri).open("rb") as file:
+                file.seek(start)
+                data = file.read(-1 if length is None else length)
+    if length is not None and len(data) != length:
+        raise StorageError(f"{uri} ends early: asked for {length} bytes at {start}, got {len(data)}")
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write all or nothing: readers see the old content or the new, never a part."""
+    with _explained("write", uri):
+        if is_remote(uri):
+            _s3().put_object(**_location(uri), Body=data)
+            return
+        with _replacing(_path(uri)) as temporary:
+            temporary.write_bytes(data)
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy a local file to `uri`, all or nothing."""
+    with _explained("write", uri):
+        if is_remote(uri):
+            location = _location(uri)
+            _s3().upload_file(str(path), location["Bucket"], location["Key"])
+            return
+        with _replacing(_path(uri)) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+def size(uri: str) -> int:
+    """Bytes at `uri`. Raises NotFoundError if nothing is there."""
+    with _explained("read", uri):
+        if is_remote(uri):
+            return int(_s3().head_object(**_location(uri))["ContentLength"])
+        return _path(uri).stat().st_size
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or object is at exactly `uri`."""
+    try:
+        size(uri)
+    except NotFoundError:
+        return False
+    return True
+
+
+def delete(uri: str) -> None:
+    with _explained("delete", uri):
+        if is_remote(uri):
+            _s3().delete_object(**_location(uri))
+        else:
+            _path(uri).unlink()
+
+
+def list_files(uri: str) -> list[str]:
+    """Names of all files below `uri`, relative to it and sorted; empty if there are none."""
+    if not is_remote(uri):
+        folder = _path(uri)
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    location = _location(join(uri, ""))
+    with _explained("list", uri):
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
+        names = [found["Key"].removeprefix(location["Key"]) for page in pages for found in page.get("Contents", [])]
+    return sorted(name for name in names if name)
+
+
+def upload_folder(folder: Path, uri: str) -> None:
+    """Copy every file below `folder` to the same name below `uri`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        list(pool.map(lambda name: upload_file(folder / name, join(uri, name)), names))
+
+
+def download_folder(uri: str, folder: Path) -> None:
+    """Copy every file below `uri` into `folder`. Raises NotFoundError if there is none."""
+    names = list_files(uri)
+    if not names:
+        raise NotFoundError(f"nothing is at {uri}")
+    root = folder.resolve()
+
+    def download(name: str) -> None:
+        target = (root / name).resolve()
+        if not target.is_relative_to(root):
+            raise StorageError(f"{uri} holds '{name}', which points outside its folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(uri):
+            location = _location(join(uri, name))
+            with _explained("read", join(uri, name)):
+                _s3().download_file(location["Bucket"], location["Key"], str(target))
+        else:
+            shutil.copyfile(_path(uri) / name, target)
+
+    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        list(pool.map(download, names))
+
+
+@contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A local folder with the content of `uri`: itself if it is local, else a copy for as long as the block lasts."""
+    if not is_remote(uri):
+        if not _path(uri).is_dir():
+            raise NotFoundError(f"there is no folder {uri}")
+        yield _path(uri)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        download_folder(uri, Path(temporary))
+        yield Path(temporary)
+
+
+def check_writable(uri: str) -> None:
+    """Raise StorageError now if files below `uri` could not be written later."""
+    probe = join(uri, ".writable")
+    write_bytes(probe, b"")
+    delete(probe)
+
+
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path in it, reaching the same endpoint as everything here."""
+    if not is_remote(uri):
+        return pyarrow.fs.LocalFileSystem(), absolute(uri)
+    endpoint = urlsplit(_s3().meta.endpoint_url)
+    location = _location(uri)
+    filesystem = pyarrow.fs.S3FileSystem(
+        region=_s3().meta.region_name,
+        scheme=endpoint.scheme,
+        endpoint_override=None if endpoint.netloc.endswith("amazonaws.com") else endpoint.netloc,
+        force_virtual_addressing=False,
+    )
+    return filesystem, f"{location['Bucket']}/{location['Key']}".rstrip("/")
+
+
+def _path(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
+
+
+def _location(uri: str) -> dict[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+@cache
+def _client(process: int) -> Any:
+    return boto3.client(
+        "s3", config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60)
+    )
+
+
+def _s3() -> Any:
+    """One client a process: clients are thread-safe, but do not survive a fork."""
+    return _client(os.getpid())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end of the block, or vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _explained(verb: str, uri: str) -> Iterator[None]:
+    """Turn what the operating system or boto3 raises into one line that names the place and the remedy."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from None
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+        if code in ("404", "NoSuchKey", "NotFound"):
+            raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
+        reason = _REMEDIES.get(code, str(error).splitlines()[0])
+        raise StorageError(f"cannot {verb} {uri}: {reason}") from None
+
+
+_REMEDIES = {
+    "NoSuchBucket": "there is no such bucket; create it, or mend the name",
+    "NoCredentialsError": "no AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    "EndpointConnectionError": "no server answers; check AWS_ENDPOINT_URL and the network",
+    "ConnectTimeoutError": "no server answers; check AWS_ENDPOINT_URL and the network",
+    "AccessDenied": "the AWS credentials do not allow it",
+    "403": "the AWS credentials do not allow it",
+    "InvalidAccessKeyId": "the AWS access key is not known there",
+    "SignatureDoesNotMatch": "the AWS secret key does not fit the access key",
+}

@@ -1,0 +1,7 @@
+"""From a source data set to a stream of batches: sources, writer, manifest, plan, stream."""
+
+from data_shards.manifest import Manifest
+from data_shards.sample import Batch, Record, derive_seed
+from data_shards.stream import ShardStream
+
+__all__ = ["Batch", "Manifest", "Record", "ShardStream", "derive_seed"]

@@ -1,0 +1,56 @@
+"""Encoded images to pixels to tensors."""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 100_000_000  # an image of more is a decompression bomb or belongs into tiles
+
+
+class ImageError(Exception):
+    """An image that cannot be used; the message says why."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode an image fully and turn it upright. Raises ImageError."""
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"too large: {image.width} x {image.height} pixels")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ImageError(f"unreadable: {reason}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Grey is repeated in each channel; 16-bit grey is stretched from its darkest to its brightest
+    value; CMYK and palettes are converted; transparency is laid on black."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        span = max(float(values.max() - values.min()), 1e-9)
+        grey = np.round((values - values.min()) / span * 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if "A" in image.mode or "transparency" in image.info:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(data: bytes, resolution: int) -> Tensor:
+    """Image float32 [3, resolution, resolution] in [-1, 1]: the shorter side scaled (Lanczos, antialiased), then
+    cropped to the centre. Raises ImageError."""
+    image = to_rgb(open_image(data))
+    square = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(square))  # [H, W, 3] uint8
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,96 @@
+"""The manifest: what is in a set of shards, and how to know that it still is."""
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster import storage
+from cluster.errors import UserError, nearest
+
+MANIFEST = "manifest.json"
+
+
+class SampleEntry(NamedTuple):
+    """Where one sample is in its shard: the bytes of all its members, tar headers included."""
+
+    key: str
+    offset: int
+    length: int
+    crc32: int
+
+
+class ShardEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    split: str
+    num_bytes: int
+    sha256: str
+    samples: tuple[SampleEntry, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+
+class Manifest(BaseModel):
+    """Written last, so shards with a manifest are whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(cached_property,))
+
+    format_version: Literal[1] = 1
+    name: str
+    source: dict[str, str]
+    """Format, place and settings that the shards were made from."""
+    split_rule: str
+    groups: dict[str, int]
+    """Number of groups in each split."""
+    captions: dict[str, int]
+    """Number of captions in each split."""
+    licences: dict[str, int]
+    """Number of samples under each licence."""
+    quarantined: dict[str, int]
+    """Number of inputs left out, by reason; each is named in quarantine.jsonl."""
+    conversions: dict[str, int]
+    """Number of images that were converted, by what they had been."""
+    shards: tuple[ShardEntry, ...]
+
+    @classmethod
+    def load(cls, shards_uri: str) -> "Manifest":
+        """Read the manifest of the shards at `shards_uri`. Raises UserError if it is missing or damaged."""
+        uri = storage.join(shards_uri, MANIFEST)
+        try:
+            return cls.model_validate_json(storage.read_bytes(uri))
+        except storage.NotFoundError:
+            raise UserError(
+                f"no shards at {shards_uri}: {MANIFEST} is not there; write them with 'medsynth shards write'"
+            ) from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
+
+    def save(self, shards_uri: str) -> None:
+        storage.write_bytes(storage.join(shards_uri, MANIFEST), self.model_dump_json(indent=1).encode())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the shards' names, splits and SHA-256: equal for equal samples in equal order."""
+        content = [[shard.name, shard.split, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(shard.split for shard in self.shards))
+
+    def split(self, name: str) -> list[ShardEntry]:
+        """The shards of a split, in order. Raises UserError if the split is empty or unknown."""
+        shards = [shard for shard in self.shards if shard.split == name]
+        if not shards:
+            guess = nearest(name, self.splits)
+            hint = f"; did you mean '{guess}'?" if guess else ""
+            raise UserError(f"shards '{self.name}' have no split '{name}', only {', '.join(self.splits)}{hint}")
+        return shards
