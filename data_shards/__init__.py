@@ -3,5 +3,6 @@
 from data_shards.manifest import Manifest
 from data_shards.sample import Batch, Record, derive_seed
 from data_shards.stream import ShardStream
+from data_shards.writer import Settings, write_shards
 
-__all__ = ["Batch", "Manifest", "Record", "ShardStream", "derive_seed"]
+__all__ = ["Batch", "Manifest", "Record", "Settings", "ShardStream", "derive_seed", "write_shards"]

@@ -11,8 +11,9 @@ class Record:
     """One image with its captions, as a source names it; the image has not been opened yet."""
 
     source_id: str
-    """The image's name in its data set, for people who look for it."""
-    path: str
+    """The image's file name in its data set; the ending may be missing."""
+    folder: str
+    """Folder or s3:// prefix of the images."""
     captions: tuple[str, ...]
     group: str | None = None
     """Patient, video or the like: one group never crosses splits. None: a group of its own."""

@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
-from data_shards.manifest import Manifest
+from data_shards.manifest import Manifest, ShardEntry
 from data_shards.plan import Place, Plan, Stretch
 from data_shards.sample import Batch, derive_seed
 
@@ -257,3 +257,10 @@ def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
         while (item := pending.popleft().result()) is not end:
             pending.append(background.submit(next, items, end))
             yield item  # type: ignore[misc]
+
+
+def read_samples(shards_uri: str, shard: ShardEntry) -> Iterator[Encoded]:
+    """The samples of one shard, as they are, for those who look at shards."""
+    uri = storage.join(shards_uri, shard.name)
+    for index, members in enumerate(_expand(storage.read_bytes(uri), uri)):
+        yield _encoded(index, members)

@@ -1,0 +1,196 @@
+"""The commands `medsynth shards write|inspect|verify`."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import PurePosixPath
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cluster import storage
+from cluster.errors import UserError
+from data_shards.manifest import Manifest, ShardEntry
+from data_shards.sample import Record
+from data_shards.sources import Columns, medvqa_records, roco_records, table_records
+from data_shards.stream import read_samples
+from data_shards.writer import QUARANTINE, Settings, digest_of, write_shards
+
+app = typer.Typer(no_args_is_help=True)
+console = Console(highlight=False)
+
+DEFAULT_SPLITS = ("train=0.8", "validation=0.1", "test=0.1")
+PLAIN_LINES = 10  # progress lines of a log, where there is no terminal
+
+
+class Format(StrEnum):
+    """Kinds of data sets that are understood."""
+
+    MEDVQA = "medvqa"
+    ROCO = "roco"
+    TABLE = "table"
+
+
+@app.command()
+def write(
+    source: Annotated[str, typer.Argument(help="The data set's folder; for --format table, the table itself.")],
+    out: Annotated[str, typer.Option(help="Folder or s3:// prefix for the shards.")],
+    format: Annotated[Format, typer.Option(help="medvqa: prompt-gt.csv. roco: ID,Caption. table: any.")] = Format.TABLE,
+    name: Annotated[str | None, typer.Option(help="Name of the set. Default: the source's.")] = None,
+    images: Annotated[str | None, typer.Option(help="table: folder of the images. Default: beside the table.")] = None,
+    image_column: Annotated[str, typer.Option(help="table: column of file names.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="table: column of captions.")] = "caption",
+    group_column: Annotated[
+        str | None, typer.Option(help="table: column of patients or videos, which never cross splits.")
+    ] = None,
+    licence_column: Annotated[str | None, typer.Option(help="table: column of licences.")] = None,
+    split_column: Annotated[str | None, typer.Option(help="table: column of splits, if they are given.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="A split's share, NAME=SHARE; may be repeated.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    resize: Annotated[int | None, typer.Option(min=8, help="Reduce larger images to this shorter side.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and of the order.")] = 0,
+    max_quarantined: Annotated[float, typer.Option(min=0, max=1, help="Give up above this share of bad inputs.")] = 1.0,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+    overwrite: Annotated[bool, typer.Option(help="Replace shards of other input.")] = False,
+) -> None:
+    """Turn images and captions into WebDataset shards with a manifest.
+
+    medsynth shards write my-data/captions.csv --images my-data/images --image-column file --caption-column text --group-column patient --out shards
+    """
+    records: Iterator[Record]
+    if format is Format.MEDVQA:
+        records = medvqa_records(source)
+    elif format is Format.ROCO:
+        records = roco_records(source)
+    else:
+        columns = Columns(image_column, caption_column, group_column, licence_column, split_column)
+        records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+    settings = Settings(
+        name=name or PurePosixPath(storage.absolute(source)).stem,
+        splits=_splits(split or DEFAULT_SPLITS),
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        resize=resize,
+        max_quarantined=max_quarantined,
+    )
+    with _progress() as on_progress:
+        manifest = write_shards(
+            records,
+            out,
+            settings,
+            source={"format": format.value, "uri": source},
+            overwrite=overwrite,
+            num_workers=num_workers,
+            on_progress=on_progress,
+        )
+    total = sum(shard.num_samples for shard in manifest.shards)
+    console.print(f"{total} samples in {len(manifest.shards)} shards at {out}, digest {manifest.digest[:12]}")
+    if manifest.quarantined:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
+        console.print(
+            f"Left out: {sum(manifest.quarantined.values())} inputs ({reasons}); each is named in "
+            f"{storage.join(out, QUARANTINE)}",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def inspect(shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the shards.")]) -> None:
+    """Show what is in a set of shards.
+
+    medsynth shards inspect demo/shards
+    """
+    manifest = Manifest.load(shards)
+    table = Table(title=f"{manifest.name}, digest {manifest.digest[:12]}", title_justify="left")
+    for column in ("split", "samples", "shards", "MB", "groups", "captions an image", "words a caption"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in manifest.splits:
+        entries = manifest.split(split)
+        samples = sum(shard.num_samples for shard in entries)
+        words = [len(c.split()) for sample in read_samples(shards, entries[0]) for c in sample.captions]
+        table.add_row(
+            split,
+            str(samples),
+            str(len(entries)),
+            f"{sum(shard.num_bytes for shard in entries) / 1e6:.1f}",
+            str(manifest.groups[split]),
+            f"{manifest.captions[split] / samples:.1f}",
+            f"{min(words)} to {max(words)}, median {median(words):g}",
+        )
+    console.print(table)
+    for title, counts in (
+        ("Licences", manifest.licences),
+        ("Left out", manifest.quarantined),
+        ("Converted", manifest.conversions),
+    ):
+        if counts:
+            console.print(f"{title}: " + ", ".join(f"{what} ({count})" for what, count in counts.items()))
+    console.print(f"Split {manifest.split_rule}. Words are counted in the first shard of each split.")
+
+
+@app.command()
+def verify(
+    shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the shards.")],
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+) -> None:
+    """Compare every shard's size and SHA-256 with the manifest; exit with 1 if one differs.
+
+    medsynth shards verify s3://bucket/shards
+    """
+    manifest = Manifest.load(shards)
+
+    def fault(shard: ShardEntry) -> str | None:
+        uri = storage.join(shards, shard.name)
+        try:
+            found = digest_of(uri)
+        except storage.NotFoundError:
+            return f"{shard.name}: missing"
+        return None if found == shard.sha256 else f"{shard.name}: SHA-256 {found}, the manifest says {shard.sha256}"
+
+    faults: list[str] = []
+    with _progress() as on_progress, ThreadPoolExecutor(num_workers) as pool:
+        for done, found in enumerate(pool.map(fault, manifest.shards), start=1):
+            on_progress("verifying", done, len(manifest.shards))
+            faults += [found] if found else []
+    for line in faults:
+        console.print(f"[red]✗[/] {line}", soft_wrap=True)
+    if faults:
+        console.print(f"{len(faults)} of {len(manifest.shards)} shards differ from the manifest")
+        raise typer.Exit(1)
+    console.print(f"All {len(manifest.shards)} shards are those of the manifest, digest {manifest.digest[:12]}")
+
+
+def _splits(options: list[str] | tuple[str, ...]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for option in options:
+        name, _, share = option.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            raise UserError(f"--split {option}: write it as NAME=SHARE, for example train=0.8") from None
+        if not name.isidentifier() or not 0 < shares[name] < float("inf"):
+            raise UserError(f"--split {option}: a name and a share above 0 are needed, for example train=0.8")
+    return shares
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Report progress as a bar on a terminal, as a few lines in a log."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if not console.is_terminal:
+                if done == total or done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total:
+                    console.print(f"{what}: {done}/{total}")
+                return
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show

@@ -1,0 +1,344 @@
+"""From records to shards: check every image, split by group, shuffle, write; what is bad is named and counted.
+
+    records -> checked (or quarantined) -> split and shuffled -> one piece of work a shard -> manifest
+
+Same records and settings give the same bytes. The manifest comes last: until it is there the shards are unfinished,
+and writing again completes them.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from cluster import storage
+from cluster.errors import UserError
+from data_shards.decode import ImageError, open_image, to_rgb
+from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
+from data_shards.sample import Record, derive_seed
+
+QUARANTINE = "quarantine.jsonl"
+IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png")
+PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
+KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
+NO_GROUPS = "each image is a group of its own"
+
+Splits = Mapping[str, float]
+
+
+class BadInputError(Exception):
+    """Why a record goes into quarantine."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How shards are made of records."""
+
+    name: str
+    splits: Splits
+    """Share of each split; shares are of groups, so counts of samples come near them."""
+    samples_per_shard: int = 1000
+    seed: int = 0
+    resize: int | None = None
+    """Shorter side in pixels to which larger images are reduced; None keeps the bytes of plain JPEG and PNG."""
+    max_quarantined: float = 1.0
+    """Share of the inputs that may be bad."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A record whose image was decoded once and found good."""
+
+    key: str
+    record: Record
+    uri: str
+    crc32: int
+    conversion: str | None  # what the image had been, if it has to be converted
+
+
+def write_shards(
+    records: Iterable[Record],
+    out: str,
+    settings: Settings,
+    *,
+    source: Mapping[str, str],
+    overwrite: bool = False,
+    num_workers: int = 4,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Manifest:
+    """Write shards, quarantine.jsonl and manifest.json to `out` and return the manifest.
+
+    A second call with the same input writes nothing. Raises UserError if `out` holds shards of other input or
+    settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
+    """
+    storage.check_writable(out)
+    inputs = list(records)
+    with ThreadPoolExecutor(num_workers) as pool:
+        checked, quarantine = _check_all(inputs, settings, pool, on_progress)
+        parts = _split(checked, settings)
+        fingerprint = _fingerprint(parts, settings)
+        if existing := _finished(out, fingerprint, overwrite):
+            return existing
+        pieces = list(_pieces(parts, settings))
+        shards: list[ShardEntry] = []
+        # Each shard is made from its piece alone, so this map could as well run on a cluster.
+        for shard in pool.map(lambda piece: write_shard(*piece, out, settings.resize), pieces):
+            shards.append(shard)
+            on_progress("writing shards", len(shards), len(pieces))
+    storage.write_bytes(storage.join(out, QUARANTINE), "".join(json.dumps(q) + "\n" for q in quarantine).encode())
+    manifest = Manifest(
+        name=settings.name,
+        source={**source, "fingerprint": fingerprint},
+        split_rule=_split_rule(parts, settings),
+        groups={split: len({_group(sample) for sample in part}) for split, part in parts.items()},
+        captions={split: sum(len(s.record.captions) for s in part) for split, part in parts.items()},
+        licences=Counter(s.record.licence or "not stated" for part in parts.values() for s in part),
+        quarantined=Counter(q["kind"] for q in quarantine),
+        conversions=Counter(s.conversion for part in parts.values() for s in part if s.conversion),
+        shards=tuple(shards),
+    )
+    manifest.save(out)
+    return manifest
+
+
+def write_shard(name: str, split: str, samples: Sequence[Checked], out: str, resize: int | None) -> ShardEntry:
+    """Write one shard, whole or not at all, and describe it; if the very bytes are there already, only describe it."""
+    entries: list[SampleEntry] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        with path.open("w+b") as file:
+            # Fixed owner and time: the same samples give the same bytes.
+            with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+                for sample in samples:
+                    start = tar.tarstream.offset
+                    tar.write(_members(sample, resize))
+                    entries.append(SampleEntry(sample.key, start, tar.tarstream.offset - start, 0))
+            entries = [_with_crc(entry, file) for entry in entries]
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = ShardEntry(
+            name=name, split=split, num_bytes=path.stat().st_size, sha256=sha256, samples=tuple(entries)
+        )
+        uri = storage.join(out, name)
+        if not (storage.exists(uri) and storage.size(uri) == shard.num_bytes and digest_of(uri) == sha256):
+            storage.upload_file(path, uri)
+    return shard
+
+
+def digest_of(uri: str) -> str:
+    """SHA-256 of what is at `uri`."""
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
+# --- checking ---
+
+
+def _check_all(
+    inputs: Sequence[Record],
+    settings: Settings,
+    pool: ThreadPoolExecutor,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[list[Checked], list[dict[str, str]]]:
+    """The good samples, and for each bad one its source id, the kind of its fault, and the whole reason."""
+    checked: list[Checked] = []
+    quarantine: list[dict[str, str]] = []
+    keys: set[str] = set()
+    for done, (record, result) in enumerate(zip(inputs, pool.map(_check, inputs), strict=True), start=1):
+        if isinstance(result, Checked) and result.key in keys:
+            result = BadInputError(f"duplicate key: another image is '{result.key}' already")
+        if isinstance(result, Checked):
+            keys.add(result.key)
+            checked.append(result)
+        else:
+            reason = str(result)
+            quarantine.append({"source_id": record.source_id, "kind": reason.partition(":")[0], "reason": reason})
+        on_progress("checking images", done, len(inputs))
+    if len(quarantine) > settings.max_quarantined * len(inputs) or not checked:
+        first = "; ".join(f"{q['source_id'] or '(no name)'}: {q['reason']}" for q in quarantine[:3])
+        raise UserError(
+            f"{len(quarantine)} of {len(inputs)} inputs are bad, more than --max-quarantined "
+            f"{settings.max_quarantined:g} allows: {first}"
+            if checked
+            else f"none of {len(inputs)} inputs can be used: {first}"
+        )
+    return checked, quarantine
+
+
+def _check(record: Record) -> Checked | BadInputError:
+    try:
+        if not record.captions:
+            raise BadInputError("empty caption")
+        uri = _locate(record)
+        data = storage.read_bytes(uri)
+        image = open_image(data)
+    except (BadInputError, ImageError, storage.StorageError) as problem:
+        return BadInputError(str(problem))
+    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), _conversion(image, data))
+
+
+def _locate(record: Record) -> str:
+    """The image's URI, which never leaves the record's folder."""
+    name = record.source_id
+    if not name:
+        raise BadInputError("no file name")
+    if name.startswith(("/", "~")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise BadInputError("path leaves the image folder")
+    for ending in IMAGE_ENDINGS:
+        uri = storage.join(record.folder, name + ending)
+        if storage.exists(uri):
+            if not storage.is_remote(uri):
+                folder = Path(record.folder.removeprefix("file://")).resolve()
+                if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
+                    raise BadInputError("path leaves the image folder: it is a link")
+            return uri
+    raise BadInputError("file not found")
+
+
+def _key(source_id: str) -> str:
+    """A WebDataset key: WebDataset cuts names at the first dot, and slashes would make folders."""
+    path = PurePosixPath(source_id.replace("\\", "/"))
+    stem = path.with_suffix("") if path.suffix.lower() in IMAGE_ENDINGS else path
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in str(stem))
+
+
+def _conversion(image: Image.Image, data: bytes) -> str | None:
+    kind = Image.open(io.BytesIO(data))
+    if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
+        return None
+    if kind.mode.startswith("I"):
+        return "16-bit grey"
+    if "A" in kind.mode or "transparency" in kind.info:
+        return "transparency"
+    return KINDS.get(kind.mode, f"{kind.format} file")
+
+
+# --- splitting ---
+
+
+def _group(sample: Checked) -> str:
+    return sample.record.group or f"image {sample.key}"
+
+
+def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Checked]]:
+    """Each split's samples, shuffled. A group is drawn into one split by its own hash, whatever else there is."""
+    parts: dict[str, list[Checked]] = {split: [] for split in settings.splits}
+    stated: dict[str, str] = {s.record.group: s.record.split for s in checked if s.record.group and s.record.split}
+    for sample in checked:
+        split = stated.get(_group(sample)) or sample.record.split or _drawn_split(_group(sample), settings)
+        parts.setdefault(split, []).append(sample)
+    for split, part in parts.items():
+        if not part and settings.splits[split] > 0:
+            counts = ", ".join(f"{name} {len(samples)}" for name, samples in parts.items())
+            raise UserError(
+                f"split '{split}' is empty ({counts} samples): give it a larger share with --split, "
+                "or more groups of images"
+            )
+        part.sort(key=lambda sample: derive_seed("order", settings.seed, sample.key))
+    return {split: part for split, part in parts.items() if part}
+
+
+def _drawn_split(group: str, settings: Settings) -> str:
+    total = sum(settings.splits.values())
+    draw = derive_seed("split", settings.seed, group) / 2**63 * total
+    for split, share in settings.splits.items():
+        draw -= share
+        if draw < 0:
+            return split
+    return list(settings.splits)[-1]
+
+
+def _split_rule(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> str:
+    samples = [sample for part in parts.values() for sample in part]
+    if all(sample.record.split for sample in samples):
+        return "as stated by the data set"
+    shares = ", ".join(f"{split} {share:g}" for split, share in settings.splits.items())
+    groups = "groups" if any(sample.record.group for sample in samples) else NO_GROUPS
+    return f"by hash of the group, seed {settings.seed}: {shares} ({groups})"
+
+
+# --- writing ---
+
+
+def _pieces(
+    parts: Mapping[str, Sequence[Checked]], settings: Settings
+) -> Iterator[tuple[str, str, Sequence[Checked]]]:
+    for split, part in parts.items():
+        for number, start in enumerate(range(0, len(part), settings.samples_per_shard)):
+            yield f"{settings.name}-{split}-{number:06d}.tar", split, part[start : start + settings.samples_per_shard]
+
+
+def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
+    record = sample.record
+    data = storage.read_bytes(sample.uri)
+    if zlib.crc32(data) != sample.crc32:
+        raise UserError(f"{sample.uri} changed while shards were written; start again")
+    about = {
+        "captions": record.captions,
+        "source_id": record.source_id,
+        "group": _group(sample),
+        "licence": record.licence,
+    }
+    ending, encoded = _encode(data, sample, resize)
+    return {
+        "__key__": sample.key,
+        ending: encoded,
+        "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode(),
+    }
+
+
+def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, bytes]:
+    """The image as it came if it is a plain JPEG or PNG of the wanted size, else as a lossless 8-bit RGB PNG."""
+    kind = Image.open(io.BytesIO(data))
+    shrinks = resize is not None and min(kind.size) > resize
+    if sample.conversion is None and not shrinks:
+        return PASSED_THROUGH[str(kind.format), kind.mode], data
+    image = to_rgb(open_image(data))
+    if resize is not None and shrinks:
+        scale = resize / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return "png", png.getvalue()
+
+
+def _with_crc(entry: SampleEntry, file: io.BufferedRandom) -> SampleEntry:
+    file.seek(entry.offset)
+    return entry._replace(crc32=zlib.crc32(file.read(entry.length)))
+
+
+def _fingerprint(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> str:
+    """Equal for equal samples and settings: what decides whether there is anything to write."""
+    content = [
+        [split, s.key, s.crc32, s.record.captions, s.record.group, s.record.licence]
+        for split, part in parts.items()
+        for s in part
+    ]
+    how = [settings.name, settings.samples_per_shard, settings.seed, settings.resize, dict(settings.splits)]
+    return hashlib.sha256(json.dumps([content, how]).encode()).hexdigest()
+
+
+def _finished(out: str, fingerprint: str, overwrite: bool) -> Manifest | None:
+    if not storage.exists(storage.join(out, MANIFEST)):
+        return None
+    existing = Manifest.load(out)
+    if existing.source.get("fingerprint") == fingerprint:
+        return existing
+    if not overwrite:
+        raise UserError(
+            f"{out} holds shards made of other input or with other settings: choose another --out, "
+            "or replace them with --overwrite"
+        )
+    for name in [*(shard.name for shard in existing.shards), MANIFEST]:
+        if storage.exists(storage.join(out, name)):
+            storage.delete(storage.join(out, name))
+    return None
