@@ -10,7 +10,13 @@ import ray
 from cluster.errors import UserError
 
 # Settings that workers on other machines need to find the same servers. Never credentials: those are each node's own.
-FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_HUB_OFFLINE")
+FORWARDED_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "HF_HUB_OFFLINE",
+)
 
 
 @contextmanager

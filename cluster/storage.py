@@ -200,7 +200,8 @@ def _location(uri: str) -> dict[str, str]:
 @cache
 def _client(process: int) -> Any:
     return boto3.client(
-        "s3", config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60)
+        "s3",
+        config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60),
     )
 
 

@@ -30,8 +30,8 @@ class Batch:
     """float32 [B, 3, H, W] in [-1, 1]."""
     captions: list[str]
     """One for each sample, drawn from its captions."""
-    indices: list[int]
-    """Places in the split, in the manifest's order; the same in every epoch."""
+    keys: list[str]
+    """Names of the samples, unique in their set of shards."""
     flipped: list[bool]
     """Which images are mirrored."""
     seeds: list[int]

@@ -1,6 +1,6 @@
 """From shards to batches: a chain of small stages, each a generator or a plain function.
 
-    plan -> windows (one ranged read for each stretch) -> samples (checked, expanded) -> decoded -> batches
+plan -> windows (one ranged read for each stretch) -> samples (checked, expanded) -> decoded -> batches
 """
 
 import io
@@ -121,7 +121,10 @@ class ShardStream:
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
         share = self._plan.global_batch_size // self._world_size
         slots = range(self._rank * share, (self._rank + 1) * share)
-        with ThreadPoolExecutor(FETCH_THREADS) as fetchers, ThreadPoolExecutor(max(1, self._num_workers)) as decoders:
+        with (
+            ThreadPoolExecutor(FETCH_THREADS) as fetchers,
+            ThreadPoolExecutor(max(1, self._num_workers)) as decoders,
+        ):
             windows = _Windows(self, fetchers)
             decode_all = decoders.map if self._num_workers else map
             for step in count(start_step):
@@ -232,7 +235,7 @@ def _batch(decoded: Sequence[tuple[Encoded, Tensor]], seeds: Sequence[int], *, f
             sample.captions[derive_seed(seed, "caption") % len(sample.captions)]
             for (sample, _), seed in zip(decoded, seeds, strict=True)
         ],
-        indices=[sample.index for sample, _ in decoded],
+        keys=[sample.key for sample, _ in decoded],
         flipped=flipped,
         seeds=list(seeds),
     )

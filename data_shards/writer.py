@@ -125,9 +125,7 @@ def write_shard(name: str, split: str, samples: Sequence[Checked], out: str, res
             entries = [_with_crc(entry, file) for entry in entries]
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = ShardEntry(
-            name=name, split=split, num_bytes=path.stat().st_size, sha256=sha256, samples=tuple(entries)
-        )
+        shard = ShardEntry(name=name, split=split, num_bytes=path.stat().st_size, sha256=sha256, samples=tuple(entries))
         uri = storage.join(out, name)
         if not (storage.exists(uri) and storage.size(uri) == shard.num_bytes and digest_of(uri) == sha256):
             storage.upload_file(path, uri)
@@ -268,12 +266,14 @@ def _split_rule(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> s
 # --- writing ---
 
 
-def _pieces(
-    parts: Mapping[str, Sequence[Checked]], settings: Settings
-) -> Iterator[tuple[str, str, Sequence[Checked]]]:
+def _pieces(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> Iterator[tuple[str, str, Sequence[Checked]]]:
     for split, part in parts.items():
         for number, start in enumerate(range(0, len(part), settings.samples_per_shard)):
-            yield f"{settings.name}-{split}-{number:06d}.tar", split, part[start : start + settings.samples_per_shard]
+            yield (
+                f"{settings.name}-{split}-{number:06d}.tar",
+                split,
+                part[start : start + settings.samples_per_shard],
+            )
 
 
 def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:

@@ -40,7 +40,9 @@ def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Opt
     try:
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     except RuntimeError as error:
-        raise UserError(f"checkpoint {folder} belongs to another model: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"checkpoint {folder} belongs to another model: {str(error).splitlines()[-1].strip()}"
+        ) from None
     for name, value in safetensors.torch.load_file(folder / "ema.safetensors").items():
         ema.average[name].copy_(value)
     ema.num_updates = int(state["ema_updates"])

@@ -36,7 +36,10 @@ def train(
     name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
     command = f"medsynth train {shlex.quote(recipe)} {changes} --run {name}".replace("  ", " ")
-    console.print(f"Run [bold]{name}[/] with {loaded.cluster.num_workers} workers; to resume it: {command}", soft_wrap=True)
+    console.print(
+        f"Run [bold]{name}[/] with {loaded.cluster.num_workers} workers; to resume it: {command}",
+        soft_wrap=True,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
     try:
         with Watch(console) as watch:

@@ -158,9 +158,7 @@ def _train_stage(
         raise RunStopped
     if result.metrics["step"] < training_of(recipe, stage).steps:
         raise RunStopped
-    export = ray.remote(_export_stage).options(
-        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu)
-    )
+    export = ray.remote(_export_stage).options(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu))
     ray.get(export.remote(recipe, stage, run, result.checkpoint))
 
 
@@ -181,7 +179,7 @@ def _fit(
     def fit() -> None:
         try:
             outcome.put(trainer.fit())
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+        except BaseException as error:
             outcome.put(error)
 
     thread = threading.Thread(target=fit, daemon=True)
@@ -295,9 +293,7 @@ def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Track
     if storage.exists(marker):
         return str(json.loads(storage.read_bytes(marker))["model_uri"])
     with storage.local_folder(run.model(STAGES[-1])) as folder:
-        name, version = tracker.register(
-            folder, name=name, tags={"manifest_digest": manifest.digest, "recipe": recipe.name}
-        )
+        version = tracker.register(folder, name=name, tags={"manifest_digest": manifest.digest, "recipe": recipe.name})
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
     return model_uri

@@ -23,4 +23,9 @@ def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
     """Equally sized pictures -> pixels uint8 [N, H, W, 3]."""
-    return torch.stack([torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).view(i.height, i.width, 3) for i in images])
+    return torch.stack(
+        [
+            torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).view(i.height, i.width, 3)
+            for i in images
+        ]
+    )

@@ -262,7 +262,5 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     block: type[BaseModel] = Recipe
     for name in path:
         annotation = block.model_fields[name].annotation
-        block = next(
-            t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
-        )
+        block = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
     return list(block.model_fields)

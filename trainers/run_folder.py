@@ -1,11 +1,11 @@
 """A run's folder: what is where, and what was decided when the run began.
 
-    RUN/run.json        the MLflow run that records it
-    RUN/recipe.yaml     the resolved recipe
-    RUN/STOP            there while the run is asked to stop
-    RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
-    RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
-    RUN/pictures/       previews
+RUN/run.json        the MLflow run that records it
+RUN/recipe.yaml     the resolved recipe
+RUN/STOP            there while the run is asked to stop
+RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
+RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
+RUN/pictures/       previews
 """
 
 import json

@@ -26,9 +26,7 @@ class NoiseSchedule:
         if noise.beta_schedule == "linear":
             betas = torch.linspace(noise.beta_start, noise.beta_end, steps, dtype=torch.float64)
         else:
-            betas = (
-                torch.linspace(noise.beta_start**0.5, noise.beta_end**0.5, steps, dtype=torch.float64) ** 2
-            )
+            betas = torch.linspace(noise.beta_start**0.5, noise.beta_end**0.5, steps, dtype=torch.float64) ** 2
         alpha = torch.cumprod(1 - betas, dim=0).sqrt()
         if noise.zero_terminal_snr:
             alpha = _rescale_to_zero_terminal_snr(alpha)

@@ -27,9 +27,7 @@ def training_of(recipe: Recipe, stage: str) -> Training:
     return recipe.vae.training if stage == "vae" else recipe.denoiser.training
 
 
-def open_stream(
-    recipe: Recipe, split: str, training: Training, *, rank: int = 0, world_size: int = 1
-) -> ShardStream:
+def open_stream(recipe: Recipe, split: str, training: Training, *, rank: int = 0, world_size: int = 1) -> ShardStream:
     data: Data = recipe.data
     return ShardStream(
         data.shards,

@@ -16,6 +16,4 @@ def with_metadata(records: Iterator[Record], folder: str) -> Iterator[Record]:
     known = {PurePosixPath(str(row.get("Filename"))).stem: row for row in rows}
     for record in records:
         row = known.get(PurePosixPath(record.source_id).stem, {})
-        yield replace(
-            record, group=row.get("group") or record.group, licence=row.get("license") or record.licence
-        )
+        yield replace(record, group=row.get("group") or record.group, licence=row.get("license") or record.licence)

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from cluster import storage
-from cluster.tracking import Tracker
 from trainers.generate import generate
 from trainers.launch import Progress, TrainedRun, train_recipe
 from trainers.recipe import Recipe, dump_recipe, load_recipe
@@ -157,7 +156,9 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     recipe_document: dict[str, Any], tracking_uri: str, tmp_path: Path
 ) -> None:
     """Ctrl-C saves the state and prints the command that goes on; that command finishes the very run."""
-    recipe = with_values(recipe_document, denoiser__training__steps=400, denoiser__training__checkpoint_every_steps=1000)
+    recipe = with_values(
+        recipe_document, denoiser__training__steps=400, denoiser__training__checkpoint_every_steps=1000
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "medsynth", "train", str(path), "--run", "stopped"]
@@ -183,7 +184,5 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     resumed = safetensors.torch.load_file(
         tmp_path / "runs/stopped/denoiser/model/unet/diffusion_pytorch_model.safetensors"
     )
-    expected = {
-        name.removeprefix("unet/"): value for name, value in final_weights(straight).items() if "unet" in name
-    }
+    expected = {name.removeprefix("unet/"): value for name, value in final_weights(straight).items() if "unet" in name}
     assert_equal(resumed, expected)

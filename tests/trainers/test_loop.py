@@ -202,7 +202,12 @@ def poisoned(recipe: Recipe, run: RunFolder) -> Iterator[tuple[Stage, list[float
 
 def train_poisoned(recipe: Recipe, stage: Stage, reports: Reports) -> DDPEngine:
     training = recipe.vae.training.model_copy(
-        update={"micro_batch_size": 4, "log_every_steps": 1, "validate_every_steps": 100, "checkpoint_every_steps": 1}
+        update={
+            "micro_batch_size": 4,
+            "log_every_steps": 1,
+            "validate_every_steps": 100,
+            "checkpoint_every_steps": 1,
+        }
     )
     engine = DDPEngine(stage.model, training, CPU)
     train(

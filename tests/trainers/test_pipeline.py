@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from trainers.msdm import MSDMPipeline
@@ -22,7 +21,11 @@ def pipeline(recipe: Recipe) -> MSDMPipeline:
     set_channel_statistics(vae, torch.randn(16, 8, 8, 8) * 3 + 1)
     unet = build_unet(recipe.denoiser.architecture, latent_channels=8, latent_side=8, embedding_dim=32)
     pipeline = MSDMPipeline(
-        vae.eval(), text_encoder, tokenizer, unet.eval(), build_scheduler(recipe.denoiser.noise, recipe.sampling)
+        vae.eval(),
+        text_encoder,
+        tokenizer,
+        unet.eval(),
+        build_scheduler(recipe.denoiser.noise, recipe.sampling),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -102,5 +105,8 @@ def test_latents_are_standardised_and_decoding_undoes_it(pipeline: MSDMPipeline)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(
-            decode_latents(pipeline.vae, latents[:2]), pipeline.vae.decode(draws[:2]).sample, atol=1e-3, rtol=1e-3
+            decode_latents(pipeline.vae, latents[:2]),
+            pipeline.vae.decode(draws[:2]).sample,
+            atol=1e-3,
+            rtol=1e-3,
         )

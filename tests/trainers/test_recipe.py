@@ -33,7 +33,10 @@ def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
         ("denoiser.noise.prediction_type=eps", "denoiser.noise.prediction_type"),
         ("vae.training.steps=many", "not 'many'"),
         ("vae.training.steps=-1", "greater than 0"),
-        ("denoiser.noise.zero_terminal_snr=true denoiser.noise.prediction_type=epsilon", "needs prediction_type v_prediction"),
+        (
+            "denoiser.noise.zero_terminal_snr=true denoiser.noise.prediction_type=epsilon",
+            "needs prediction_type v_prediction",
+        ),
         ("vae.training.micro_batch_size=3", "not a multiple of"),
         ("vae.architecture.block_out_channels=[8,8,8,8,8]", "latents of side 1"),
         ("cluster.num_workers=3", "x 3 workers"),

@@ -45,9 +45,7 @@ class DDPEngine:
         self._ema = EMA(self._module, training.ema_decay)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16"
-        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16")
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
         # Ranks exchange gradients in the backward pass; before the last micro-batch that would be wasted.
@@ -98,9 +96,7 @@ class DDPEngine:
 
     def save(self, folder: Path, step: int) -> bool:
         if self.rank == 0:  # replicas are equal: one rank writes for all
-            checkpoint.save(
-                folder, step=step, model=self._module, ema=self._ema, optimizer=self._optimizer
-            )
+            checkpoint.save(folder, step=step, model=self._module, ema=self._ema, optimizer=self._optimizer)
         return self.rank == 0
 
     def load(self, folder: Path) -> int:

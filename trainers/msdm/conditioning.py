@@ -70,7 +70,7 @@ class FrozenEncoders:
         def encode(position: int) -> Pair:
             return moments(self.vae, batch.images[position : position + 1].to(self._device))
 
-        keys = zip(batch.indices, batch.flipped, strict=True)
+        keys = zip(batch.keys, batch.flipped, strict=True)
         return _cat([self._memo.get(key, lambda p=place: encode(p)) for place, key in enumerate(keys)])
 
 

@@ -35,9 +35,7 @@ class MSDMPipeline(DiffusionPipeline):
         default_num_inference_steps: int = 30,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
-        )
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
@@ -87,9 +85,7 @@ class MSDMPipeline(DiffusionPipeline):
             if is_guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(
-                prediction, timestep, latents, **step_arguments, return_dict=False
-            )[0]
+            latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
 
         images = (decode_latents(self.vae, latents) / 2 + 0.5).clamp(0, 1)
         return self._output(images, output_type, return_dict)
@@ -100,9 +96,7 @@ class MSDMPipeline(DiffusionPipeline):
         embeds: Tensor = self.text_encoder(**tokens).last_hidden_state
         return embeds.to(self.unet.dtype), tokens["attention_mask"]
 
-    def initial_latents(
-        self, count: int, generator: torch.Generator | Sequence[torch.Generator] | None
-    ) -> Tensor:
+    def initial_latents(self, count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
         """Standard normal noise [count, C, h, w], drawn on the CPU so that a seed means the same on any device."""
         side = self.unet.config.sample_size
         shape = (self.unet.config.in_channels, side, side)

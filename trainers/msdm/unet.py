@@ -9,12 +9,8 @@ from trainers.recipe import Noise, Sampling, UNetArchitecture
 def build_unet(
     architecture: UNetArchitecture, *, latent_channels: int, latent_side: int, embedding_dim: int
 ) -> UNet2DConditionModel:
-    down = tuple(
-        "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in architecture.cross_attention
-    )
-    up = tuple(
-        "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(architecture.cross_attention)
-    )
+    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in architecture.cross_attention)
+    up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(architecture.cross_attention))
     return UNet2DConditionModel(
         sample_size=latent_side,
         in_channels=latent_channels,

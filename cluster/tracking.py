@@ -1,0 +1,277 @@
+"""MLflow: runs, metrics, pictures, and the model registry. The only importer of mlflow.
+
+Always a client with a run id, never MLflow's global run: several processes write to one run.
+"""
+
+import io
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import time
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from cluster import storage
+from cluster.errors import UserError, nearest
+
+# Read by mlflow when it is imported: its notices are not for our users' terminals.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow.artifacts
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from PIL import Image
+
+T = TypeVar("T")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+MODEL_FOLDER = "model"
+# MLflow refuses larger batches, longer values and longer digests.
+METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
+PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
+SQLITE = "sqlite:///"
+
+
+def default_tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in this folder; SQLite paths are made absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
+
+
+@dataclass
+class Tracker:
+    """One MLflow run. May be sent to other processes, where it goes on writing to the same run."""
+
+    tracking_uri: str
+    run_id: str
+    _last_steps: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        experiment: str,
+        run_name: str,
+        tags: Mapping[str, str],
+        tracking_uri: str | None = None,
+        artifact_location: str | None = None,
+    ) -> "Tracker":
+        """Begin a run. Raises UserError if the server does not answer or refuses.
+
+        `artifact_location` counts when the experiment is new; without it a server decides, and with SQLite
+        artifacts go to mlartifacts/ beside the database.
+        """
+        uri = tracking_uri or default_tracking_uri()
+        client = connect(uri)
+        with _explained(uri):
+            known = client.get_experiment_by_name(experiment)
+            if known is None:
+                location = artifact_location or _local_artifacts(uri)
+                experiment_id = client.create_experiment(experiment, location)
+            elif known.lifecycle_stage == "deleted":
+                raise UserError(f"the MLflow experiment '{experiment}' was deleted: restore it, or name another")
+            else:
+                experiment_id = known.experiment_id
+            run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+        return cls(uri, run.info.run_id)
+
+    @classmethod
+    def resume(cls, run_id: str, tracking_uri: str) -> "Tracker":
+        """Go on with a run that was begun earlier."""
+        with _explained(tracking_uri):
+            connect(tracking_uri).update_run(run_id, status="RUNNING")
+        return cls(tracking_uri, run_id)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.tracking_uri)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log nested values under dotted names."""
+        flat = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(params)]
+        for some in _batches(flat, PARAMS_PER_BATCH):
+            self.client.log_batch(self.run_id, params=some)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log values of a step. MLflow would append a step twice, so what is logged already is left as it is."""
+        new = [key for key in metrics if self._last_step(key) < step]
+        now = int(time() * 1000)
+        values = [Metric(key, float(metrics[key]), now, step) for key in new]
+        for some in _batches(values, METRICS_PER_BATCH):
+            self.client.log_batch(self.run_id, metrics=some)
+        self._last_steps |= dict.fromkeys(new, step)
+
+    def _last_step(self, key: str) -> int:
+        """The last logged step of a metric: also of what an earlier process logged."""
+        if key not in self._last_steps:
+            self._last_steps[key] = max((step for step, _ in self.metric_history(key)), default=-1)
+        return self._last_steps[key]
+
+    def metric_history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) in the order of logging."""
+        return [(metric.step, metric.value) for metric in self.client.get_metric_history(self.run_id, key)]
+
+    def last_metrics(self) -> dict[str, float]:
+        """The latest value of each metric."""
+        return dict(self.client.get_run(self.run_id).data.metrics)
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        self.client.log_text(self.run_id, text, artifact_file)
+
+    def read_text(self, artifact_file: str) -> str:
+        uri = f"runs:/{self.run_id}/{artifact_file}"
+        return mlflow.artifacts.load_text(_artifact_uri(self.client, uri))
+
+    def log_folder(self, folder: Path, artifact_path: str) -> None:
+        self.client.log_artifacts(self.run_id, str(folder), artifact_path)
+
+    def log_picture(self, key: str, png: bytes, step: int) -> None:
+        """Log a picture of a step; MLflow shows the steps of a key side by side."""
+        self.client.log_image(self.run_id, Image.open(io.BytesIO(png)), key=key, step=step)
+
+    def log_dataset(self, *, name: str, digest: str, source: str, context: str) -> None:
+        """Say which data the run used: the whole digest goes into the tag `manifest_digest` of the input."""
+        dataset = Dataset(name, digest[:DIGEST_LENGTH], "medsynth-shards", f'{{"uri": "{source}"}}')
+        tags = [InputTag("mlflow.data.context", context), InputTag("manifest_digest", digest)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def finish(self, status: Status) -> None:
+        self.client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def system_metrics(self, node: str) -> Iterator[None]:
+        """Log this machine's processor, memory, disk, network and GPUs inside the block, as system/NODE/..."""
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, node_id=node, tracking_uri=self.tracking_uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def register(self, folder: Path, *, name: str, tags: Mapping[str, str]) -> int:
+        """Upload a model's folder to the run and make it the next version of a registered model."""
+        self.log_folder(folder, MODEL_FOLDER)
+        client = self.client
+        with _explained(self.tracking_uri):
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name)
+            source = f"{client.get_run(self.run_id).info.artifact_uri}/{MODEL_FOLDER}"
+            version = client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags))
+        return int(version.version)
+
+    def ui_command(self) -> str:
+        """What to type, or to open, to see the run."""
+        if self.tracking_uri.startswith("http"):
+            run = self.client.get_run(self.run_id)
+            return f"{_without_secrets(self.tracking_uri)}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {self.tracking_uri}"
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client, after one quick question to the server: mlflow itself would ask for minutes before it gives up."""
+    if tracking_uri.startswith("http"):
+        try:
+            urllib.request.urlopen(f"{_without_secrets(tracking_uri)}/health", timeout=10).close()
+        except urllib.error.HTTPError as error:
+            if error.code not in (401, 403):  # asked again below, with credentials
+                raise UserError(f"{_without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"no MLflow server answers at {_without_secrets(tracking_uri)} ({reason}): "
+                "start it, or mend MLFLOW_TRACKING_URI"
+            ) from None
+    return MlflowClient(tracking_uri)
+
+
+@contextmanager
+def model_folder(uri: str) -> Iterator[Path]:
+    """A local folder with a model: models:/NAME/VERSION, models:/NAME/latest, models:/NAME@ALIAS, runs:/ID/model,
+    or a folder or s3:// prefix. Raises UserError if there is no such model, naming those there are."""
+    if not uri.startswith(("models:/", "runs:/")):
+        with storage.local_folder(uri) as folder:
+            yield folder
+        return
+    tracking_uri = default_tracking_uri()
+    client = connect(tracking_uri)
+    with tempfile.TemporaryDirectory() as temporary:
+        with _explained(tracking_uri, uri):
+            source = _model_source(client, uri) if uri.startswith("models:/") else _artifact_uri(client, uri)
+            folder = mlflow.artifacts.download_artifacts(
+                artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
+            )
+        yield Path(folder)
+
+
+def _model_source(client: MlflowClient, uri: str) -> str:
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+|latest)|@([\w.-]+))", uri)
+    if match is None:
+        raise UserError(f"{uri}: write models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    name, version, alias = match.groups()
+    versions = client.search_model_versions(f"name = '{name}'")
+    if not versions:
+        names = [model.name for model in client.search_registered_models()]
+        guess = nearest(name, names)
+        hint = f"did you mean '{guess}'? " if guess else ""
+        raise UserError(f"no model '{name}' is registered: {hint}there are {', '.join(names) or 'none'}")
+    by_number = {int(v.version): v for v in versions}
+    if version == "latest":
+        return str(by_number[max(by_number)].source)
+    if alias is not None:
+        aliases = client.get_registered_model(name).aliases
+        if alias not in aliases:
+            raise UserError(f"model '{name}' has no alias '{alias}': there are {', '.join(aliases) or 'none'}")
+        version = aliases[alias]
+    if int(version) not in by_number:
+        there = ", ".join(str(number) for number in sorted(by_number))
+        raise UserError(f"model '{name}' has no version {version}: there are {there}")
+    return str(by_number[int(version)].source)
+
+
+def _artifact_uri(client: MlflowClient, uri: str) -> str:
+    """runs:/ID/path as the place where its artifact is."""
+    run_id, _, path = uri.removeprefix("runs:/").partition("/")
+    return f"{client.get_run(run_id).info.artifact_uri}/{path}"
+
+
+def _local_artifacts(tracking_uri: str) -> str | None:
+    if not tracking_uri.startswith(SQLITE):
+        return None
+    # Without a server MLflow would put artifacts below whichever folder a process happens to work in.
+    return (Path(tracking_uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _without_secrets(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+
+
+@contextmanager
+def _explained(tracking_uri: str, what: str = "") -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        message = str(error).splitlines()[0]
+        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in message or "403" in message:
+            message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        place = f"{what} at " if what else ""
+        raise UserError(f"MLflow, {place}{_without_secrets(tracking_uri)}: {message}") from None

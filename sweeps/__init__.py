@@ -1,0 +1,1 @@
+"""Sweeps over recipes and over guidance scales. Imports trainers; nothing but medsynth imports it."""
