@@ -219,7 +219,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield Path(name)
         Path(name).chmod(0o644)
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -244,7 +244,7 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
 
 _REMEDIES = {
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",
-    "NoCredentialsError": "no AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    "NoCredentialsError": "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "EndpointConnectionError": "no server answers; check AWS_ENDPOINT_URL and the network",
     "ConnectTimeoutError": "no server answers; check AWS_ENDPOINT_URL and the network",
     "AccessDenied": "the AWS credentials do not allow it",

@@ -203,10 +203,10 @@ def model_folder(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         with _explained(tracking_uri, uri):
             source = _model_source(client, uri) if uri.startswith("models:/") else _artifact_uri(client, uri)
-            folder = mlflow.artifacts.download_artifacts(
+            downloaded = mlflow.artifacts.download_artifacts(
                 artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
             )
-        yield Path(folder)
+        yield Path(downloaded)
 
 
 def _model_source(client: MlflowClient, uri: str) -> str:

@@ -60,7 +60,7 @@ def write(
 ) -> None:
     """Turn images and captions into WebDataset shards with a manifest.
 
-    medsynth shards write my-data/captions.csv --images my-data/images --image-column file --caption-column text --group-column patient --out shards
+    medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
     records: Iterator[Record]
     if format is Format.MEDVQA:

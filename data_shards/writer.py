@@ -65,6 +65,15 @@ class Checked:
     conversion: str | None  # what the image had been, if it has to be converted
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one shard will hold."""
+
+    name: str
+    split: str
+    samples: Sequence[Checked]
+
+
 def write_shards(
     records: Iterable[Record],
     out: str,
@@ -91,7 +100,7 @@ def write_shards(
         pieces = list(_pieces(parts, settings))
         shards: list[ShardEntry] = []
         # Each shard is made from its piece alone, so this map could as well run on a cluster.
-        for shard in pool.map(lambda piece: write_shard(*piece, out, settings.resize), pieces):
+        for shard in pool.map(lambda piece: write_shard(piece, out, settings.resize), pieces):
             shards.append(shard)
             on_progress("writing shards", len(shards), len(pieces))
     storage.write_bytes(storage.join(out, QUARANTINE), "".join(json.dumps(q) + "\n" for q in quarantine).encode())
@@ -110,23 +119,29 @@ def write_shards(
     return manifest
 
 
-def write_shard(name: str, split: str, samples: Sequence[Checked], out: str, resize: int | None) -> ShardEntry:
+def write_shard(piece: Piece, out: str, resize: int | None) -> ShardEntry:
     """Write one shard, whole or not at all, and describe it; if the very bytes are there already, only describe it."""
     entries: list[SampleEntry] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        path = Path(folder) / piece.name
         with path.open("w+b") as file:
             # Fixed owner and time: the same samples give the same bytes.
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-                for sample in samples:
+                for sample in piece.samples:
                     start = tar.tarstream.offset
                     tar.write(_members(sample, resize))
                     entries.append(SampleEntry(sample.key, start, tar.tarstream.offset - start, 0))
             entries = [_with_crc(entry, file) for entry in entries]
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = ShardEntry(name=name, split=split, num_bytes=path.stat().st_size, sha256=sha256, samples=tuple(entries))
-        uri = storage.join(out, name)
+        shard = ShardEntry(
+            name=piece.name,
+            split=piece.split,
+            num_bytes=path.stat().st_size,
+            sha256=sha256,
+            samples=tuple(entries),
+        )
+        uri = storage.join(out, piece.name)
         if not (storage.exists(uri) and storage.size(uri) == shard.num_bytes and digest_of(uri) == sha256):
             storage.upload_file(path, uri)
     return shard
@@ -266,14 +281,11 @@ def _split_rule(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> s
 # --- writing ---
 
 
-def _pieces(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> Iterator[tuple[str, str, Sequence[Checked]]]:
+def _pieces(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> Iterator[Piece]:
     for split, part in parts.items():
         for number, start in enumerate(range(0, len(part), settings.samples_per_shard)):
-            yield (
-                f"{settings.name}-{split}-{number:06d}.tar",
-                split,
-                part[start : start + settings.samples_per_shard],
-            )
+            name = f"{settings.name}-{split}-{number:06d}.tar"
+            yield Piece(name, split, part[start : start + settings.samples_per_shard])
 
 
 def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:

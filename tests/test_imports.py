@@ -26,12 +26,13 @@ def imports() -> Iterator[tuple[str, int, str]]:
     files = [ROOT / "medsynth.py", *(path for room in ORDER[1:] for path in (ROOT / room).rglob("*.py"))]
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
-            names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 assert node.level == 0, f"{path}:{node.lineno}: relative import"
                 names = [node.module]
+            else:
+                continue
             for name in names:
                 yield path.relative_to(ROOT).as_posix(), node.lineno, name
 

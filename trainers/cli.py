@@ -76,7 +76,7 @@ def generate(
 ) -> None:
     """Draw pictures from a trained model.
 
-    medsynth generate --model models:/msdm-demo/1 --prompt "Generate an image with a large polyp." --num-images 8 --out samples
+    medsynth generate --model models:/msdm-demo/1 --prompt "Generate an image with a large polyp." --out pictures
     """
     from trainers.generate import generate as draw
 

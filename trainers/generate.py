@@ -13,7 +13,7 @@ from trainers.msdm import MSDMPipeline
 
 
 def load_pipeline(model_uri: str, device: str | None = None) -> MSDMPipeline:
-    """Open, on `device` or a GPU if there is one, a model of the registry (models:/NAME/VERSION, models:/NAME@ALIAS), of a run, or in a folder.
+    """Open a model on `device`, or on a GPU if there is one; `model_uri` as in cluster.tracking.model_folder.
 
     Raises UserError when there is no such model or it is none of ours.
     """
@@ -22,7 +22,8 @@ def load_pipeline(model_uri: str, device: str | None = None) -> MSDMPipeline:
             raise UserError(f"{model_uri} holds no diffusers pipeline: model_index.json is not there")
         pipeline = MSDMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placed: MSDMPipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return placed
 
 
 def generate(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.errors import UserError
-from cluster.tracking import Tracker
+from cluster.tracking import Status, Tracker
 from data_shards import Manifest
 from trainers.loop import DivergedError
 from trainers.msdm.export import export_pipeline, export_vae
@@ -86,7 +86,7 @@ def train_recipe(
             gpus_per_worker=int(recipe.cluster.use_gpu),
         )
         tracker = _begin(recipe, manifest, run, run_name)
-        status = "FAILED"
+        status: Status = "FAILED"
         try:
             for stage in STAGES:
                 if not run.has_model(stage):
@@ -150,7 +150,8 @@ def _train_stage(
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=cluster.keep_checkpoints),
-            callbacks=[_RecordReports(stage, training_of(recipe, stage).steps, run, tracker, reports)],
+            # Ray declares the wrong base class here.
+            callbacks=[_RecordReports(stage, training_of(recipe, stage).steps, run, tracker, reports)],  # type: ignore[list-item]
         ),
     )
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)

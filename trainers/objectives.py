@@ -20,7 +20,8 @@ class AutoencoderObjective:
         reconstruction, mean, logvar = vae(images, noise)
         squared_error = (reconstruction.float() - images).square().mean(dim=(1, 2, 3))
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
-        return squared_error + self.kl_weight * divergence
+        losses: Tensor = squared_error + self.kl_weight * divergence
+        return losses
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class DenoisingObjective:
             noisy_latents, timesteps, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
         )[0]
         squared_error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-        return squared_error * self.weights(timesteps)
+        losses: Tensor = squared_error * self.weights(timesteps)
+        return losses
 
     def weights(self, timesteps: Tensor) -> Tensor:
         """Min-SNR weights [B] (Hang et al. 2023, arXiv 2303.09556, Sec. 3.4); ones without a gamma.

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -188,7 +187,7 @@ def test_two_ranks_equal_one(recipe: Recipe, run: RunFolder, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def poisoned(recipe: Recipe, run: RunFolder) -> Iterator[tuple[Stage, list[float]]]:
+def poisoned(recipe: Recipe, run: RunFolder) -> tuple[Stage, list[float]]:
     """The autoencoder's stage with losses multiplied by what the test puts into the list."""
     stage = build_stage(recipe, "vae", run, CPU)
     factors: list[float] = []
@@ -197,7 +196,7 @@ def poisoned(recipe: Recipe, run: RunFolder) -> Iterator[tuple[Stage, list[float
         losses: Tensor = stage.objective(model, **prepared)
         return losses * (factors.pop(0) if factors else 1.0)
 
-    yield replace(stage, objective=objective), factors
+    return replace(stage, objective=objective), factors
 
 
 def train_poisoned(recipe: Recipe, stage: Stage, reports: Reports) -> DDPEngine:

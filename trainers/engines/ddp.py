@@ -49,10 +49,9 @@ class DDPEngine:
 
     def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
         # Ranks exchange gradients in the backward pass; before the last micro-batch that would be wasted.
-        model = self.model
-        exchange_later = isinstance(model, DistributedDataParallel) and not is_last_micro_batch
-        with model.no_sync() if exchange_later else nullcontext():  # type: ignore[operator]
-            loss.backward()  # type: ignore[no-untyped-call]
+        replicas = self.model if isinstance(self.model, DistributedDataParallel) else None
+        with replicas.no_sync() if replicas and not is_last_micro_batch else nullcontext():
+            loss.backward()
 
     def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> StepOutcome:
         grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._training.max_grad_norm)

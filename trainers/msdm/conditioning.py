@@ -1,6 +1,7 @@
 """The frozen encoders of the denoiser's training: captions to embeddings, images to posterior moments."""
 
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
@@ -61,7 +62,7 @@ class FrozenEncoders:
             tokens = tokenize(self.tokenizer, [caption]).to(self._device)
             return self.text_encoder(**tokens).last_hidden_state, tokens["attention_mask"]
 
-        return _cat([self._memo.get(caption, lambda c=caption: encode(c)) for caption in captions])
+        return _cat([self._memo.get(caption, partial(encode, caption)) for caption in captions])
 
     @torch.no_grad()
     def moments(self, batch: Batch) -> Pair:
@@ -71,7 +72,7 @@ class FrozenEncoders:
             return moments(self.vae, batch.images[position : position + 1].to(self._device))
 
         keys = zip(batch.keys, batch.flipped, strict=True)
-        return _cat([self._memo.get(key, lambda p=place: encode(p)) for place, key in enumerate(keys)])
+        return _cat([self._memo.get(key, partial(encode, position)) for position, key in enumerate(keys)])
 
 
 def _cat(pairs: list[Pair]) -> Pair:
