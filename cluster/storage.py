@@ -120,7 +120,8 @@ def list_files(uri: str) -> list[str]:
     with _explained("list", uri):
         pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
         names = [found["Key"].removeprefix(location["Key"]) for page in pages for found in page.get("Contents", [])]
-    return sorted(name for name in names if name)
+    # Some writers mark folders by empty objects whose names end in a slash.
+    return sorted(name for name in names if name and not name.endswith("/"))
 
 
 def upload_folder(folder: Path, uri: str) -> None:

@@ -22,6 +22,8 @@ from cluster.errors import UserError, nearest
 
 # Read by mlflow when it is imported: its notices are not for our users' terminals.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import mlflow.artifacts
 from mlflow import MlflowClient, MlflowException

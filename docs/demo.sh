@@ -9,7 +9,7 @@ SECONDS=0
 "$BIN/medsynth" shards write tests/data/colonoscopy --format medvqa --samples-per-shard 100 --out "$DEMO/shards"
 "$BIN/medsynth" shards inspect "$DEMO/shards"
 "$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs"
-"$BIN/medsynth" generate --model models:/msdm-demo@latest --prompt "$PROMPT" \
+"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" \
     --guidance-scale 3.5 --num-images 8 --seed 0 --out "$DEMO/samples"
 
 echo "The demo took $((SECONDS / 60)) min $((SECONDS % 60)) s. Pictures: $DEMO/samples"

@@ -31,7 +31,7 @@ from trainers.loop import DivergedError
 from trainers.msdm.export import export_pipeline, export_vae
 from trainers.msdm.text_encoder import load_text_encoder
 from trainers.pictures import grid
-from trainers.recipe import Recipe, dump_recipe
+from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.run_folder import RunFolder
 from trainers.worker import STAGES, check_data, open_stream, train_rank, training_of
 
@@ -75,6 +75,7 @@ def train_recipe(
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
     """
+    recipe = at_absolute_paths(recipe)
     manifest = check_data(recipe)
     load_text_encoder(recipe.text_encoder)
     run = RunFolder.of(recipe, run_name)
@@ -117,7 +118,7 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
     tracker.log_dataset(
         name=manifest.name,
         digest=manifest.digest,
-        source=storage.absolute(recipe.data.shards),
+        source=recipe.data.shards,
         context="training",
     )
     run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": tracker.tracking_uri})
@@ -199,20 +200,14 @@ def _fit(
             on_stop_requested()
     result = outcome.get()
     if isinstance(result, BaseException):
-        raise _cause(result) from None
+        raise getattr(result, "controller_failure", result) from None
     return result
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The user's mistake or the divergence behind a failed training, if there is one; else the failure itself."""
-    failures = getattr(error, "worker_failures", {}).values()
-    for failure in failures:
-        original = getattr(failure, "_base_exc", failure)
-        if isinstance(original, UserError):
-            return original
-        if isinstance(original, DivergedError):
-            return UserError(str(original))
-    return error
+def _hopeless(error: object) -> UserError | None:
+    """The user's mistake or the divergence behind a worker's failure, if it is one: no restart could mend it."""
+    original = getattr(error, "_base_exc", error)
+    return UserError(str(original)) if isinstance(original, UserError | DivergedError) else None
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -268,6 +263,12 @@ class _RecordReports(ray.train.UserCallback):
             picture = self.run.picture(self.stage, step)
             self.tracker.log_picture(f"{self.stage}/samples", storage.read_bytes(picture), step)
         self.reports.put(Progress(self.stage, step, self.steps, values))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        # What is raised here ends the training; what a worker raises would be tried again.
+        for error in worker_exceptions.values():
+            if mistake := _hopeless(error):
+                raise mistake
 
 
 def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:

@@ -4,7 +4,8 @@ Nothing is looked up anywhere else: a recipe together with the shards it names r
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,9 @@ class Block(BaseModel):
     """Base of all recipe blocks: unknown keys are errors, values never change, docstrings are the help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+B = TypeVar("B", bound=Block)
 
 
 class Data(Block):
@@ -218,9 +222,26 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{uri}: " + "; ".join(_explain(error))) from None
 
 
+def at_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with every local path made absolute: workers have working folders of their own."""
+    encoder = recipe.text_encoder
+    is_folder = Path(encoder.pretrained).is_dir()  # else a hub id, or a URI
+    return recipe.model_copy(
+        update={
+            "data": _with(recipe.data, shards=storage.absolute(recipe.data.shards)),
+            "text_encoder": _with(encoder, pretrained=storage.absolute(encoder.pretrained)) if is_folder else encoder,
+            "cluster": _with(recipe.cluster, storage=storage.absolute(recipe.cluster.storage)),
+        }
+    )
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with(block: B, **values: str) -> B:
+    return block.model_copy(update=values)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:

@@ -26,7 +26,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, recipe: Recipe, run_name: str) -> "RunFolder":
-        return cls(storage.join(storage.absolute(recipe.cluster.storage), run_name))
+        return cls(storage.join(recipe.cluster.storage, run_name))
 
     def model(self, stage: str) -> str:
         """The stage's finished model in the diffusers layout."""

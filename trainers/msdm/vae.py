@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from trainers.recipe import VAEArchitecture
 
+# A posterior that begins wide drowns the first reconstructions in noise; this narrow one learns faster.
+INITIAL_LOGVAR = -6.0
+
 
 def build_vae(architecture: VAEArchitecture, resolution: int) -> AutoencoderKL:
     levels = len(architecture.block_out_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         sample_size=resolution,
         latent_channels=architecture.latent_channels,
         block_out_channels=architecture.block_out_channels,
@@ -24,6 +27,10 @@ def build_vae(architecture: VAEArchitecture, resolution: int) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         scaling_factor=1.0,  # latents_mean and latents_std do the scaling, per channel
     )
+    logvar_part = slice(architecture.latent_channels, None)
+    nn.init.zeros_(vae.quant_conv.weight.data[logvar_part])
+    nn.init.constant_(vae.quant_conv.bias.data[logvar_part], INITIAL_LOGVAR)
+    return vae
 
 
 class TrainableVAE(nn.Module):
