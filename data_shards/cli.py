@@ -1,6 +1,6 @@
 """The commands `medsynth shards write|inspect|verify`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
@@ -25,7 +25,7 @@ app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
 
 DEFAULT_SPLITS = ("train=0.8", "validation=0.1", "test=0.1")
-PLAIN_LINES = 10  # progress lines of a log, where there is no terminal
+PLAIN_LINES = 4  # progress lines of a log, where there is no terminal
 
 
 class Format(StrEnum):
@@ -72,7 +72,7 @@ def write(
         records = table_records(source, images or str(PurePosixPath(source).parent), columns)
     settings = Settings(
         name=name or PurePosixPath(storage.absolute(source)).stem,
-        splits=_splits(split or DEFAULT_SPLITS),
+        splits=_splits(split or (() if split_column else DEFAULT_SPLITS)),
         samples_per_shard=samples_per_shard,
         seed=seed,
         resize=resize,
@@ -165,7 +165,7 @@ def verify(
     console.print(f"All {len(manifest.shards)} shards are those of the manifest, digest {manifest.digest[:12]}")
 
 
-def _splits(options: list[str] | tuple[str, ...]) -> dict[str, float]:
+def _splits(options: Sequence[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for option in options:
         name, _, share = option.partition("=")

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 WINDOW_SIZE = 64  # samples; a rank holds two windows for each sample of its share of a global batch
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
+MAX_BAD_IN_A_ROW = 16
 IMAGE_MEMBERS = ("jpg", "png")
 
 
@@ -112,8 +114,8 @@ class ShardStream:
             decoded = []
             for stretch in self._stretches(start, min(start + micro_batch_size, last)):
                 for sample in self.read(stretch):
-                    with suppress(UserError):
-                        decoded.append(self._decode([sample]))
+                    with suppress(ImageError):
+                        decoded.append((sample, decode(sample.image, self._resolution)))
             if decoded:
                 seeds = [derive_seed(self._seed, "one pass", sample.index) for sample, _ in decoded]
                 yield _batch(decoded, seeds, flip=False)
@@ -129,29 +131,39 @@ class ShardStream:
             decode_all = decoders.map if self._num_workers else map
             for step in count(start_step):
                 places = [self._plan.place(step, slot) for slot in slots]
-                candidates = [windows.samples_from(place) for place in places]
+                samples = [windows.sample_at(place) for place in places]
                 seeds = [
-                    derive_seed(self._seed, place.epoch, samples[0].index)
-                    for place, samples in zip(places, candidates, strict=True)
+                    derive_seed(self._seed, place.epoch, sample.index)
+                    for place, sample in zip(places, samples, strict=True)
                 ]
-                decoded = list(decode_all(self._decode, candidates))
+                decoded = list(decode_all(self._decode, samples))
                 size = self._micro_batch_size
                 yield [
                     _batch(decoded[at : at + size], seeds[at : at + size], flip=self._horizontal_flip)
                     for at in range(0, share, size)
                 ]
 
-    def _decode(self, candidates: Sequence[Encoded]) -> tuple[Encoded, Tensor]:
-        """The first of `candidates` that can be decoded, with its image. Raises UserError if none can."""
-        problem: ImageError | None = None
-        for sample in candidates:
+    def _decode(self, sample: Encoded) -> tuple[Encoded, Tensor]:
+        """The sample with its image, or the next one of its shard that can be decoded in its place.
+
+        Raises UserError if MAX_BAD_IN_A_ROW samples cannot.
+        """
+        for candidate in self._from(sample):
             try:
-                return sample, decode(sample.image, self._resolution)
+                return candidate, decode(candidate.image, self._resolution)
             except ImageError as error:
-                problem = error
                 self.replaced += 1
-                logger.warning("sample %s of %s left out: %s", sample.key, self._uri, error)
-        raise UserError(f"no readable image beside {candidates[0].key} in {self._uri}: {problem}")
+                logger.warning("sample %s of %s left out: %s", candidate.key, self._uri, error)
+        raise UserError(f"no image can be read from sample '{sample.key}' of {self._uri} on: are these images?")
+
+    def _from(self, sample: Encoded) -> Iterator[Encoded]:
+        """The sample and those that follow it in its shard, whose end is followed by its beginning."""
+        yield sample
+        number = bisect_right(self._first_index, sample.index) - 1
+        start, length = sample.index - self._first_index[number], self._shards[number].num_samples
+        for distance in range(1, min(length, MAX_BAD_IN_A_ROW)):
+            at = (start + distance) % length
+            yield from self.read(Stretch(number, at, at + 1))
 
     # --- reading ---
 
@@ -196,15 +208,14 @@ class _Windows:
         self._fetchers = fetchers
         self._fetched: dict[Place, Future[list[Encoded]]] = {}
 
-    def samples_from(self, place: Place) -> list[Encoded]:
-        """The window of `place` in the order of use, turned so that the sample at `place` comes first."""
+    def sample_at(self, place: Place) -> Encoded:
         first = replace(place, k=0)
         samples = self._fetch(first).result()
         if place.lane >= 0:
             self._start_next(first)
         if place.k == len(samples) - 1:
             del self._fetched[first]
-        return samples[place.k :] + samples[: place.k]
+        return samples[place.k]
 
     def _fetch(self, first: Place) -> Future[list[Encoded]]:
         if first not in self._fetched:

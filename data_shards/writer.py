@@ -193,8 +193,12 @@ def _check(record: Record) -> Checked | BadInputError:
         uri = _locate(record)
         data = storage.read_bytes(uri)
         image = open_image(data)
-    except (BadInputError, ImageError, storage.StorageError) as problem:
+    except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
+    except storage.StorageError as problem:
+        if storage.is_remote(record.folder):
+            raise  # a fault of the server or the credentials, not of this image
+        return BadInputError(f"unreadable: {problem}")
     return Checked(_key(record.source_id), record, uri, zlib.crc32(data), _conversion(image, data))
 
 
@@ -244,9 +248,17 @@ def _group(sample: Checked) -> str:
 def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Checked]]:
     """Each split's samples, shuffled. A group is drawn into one split by its own hash, whatever else there is."""
     parts: dict[str, list[Checked]] = {split: [] for split in settings.splits}
-    stated: dict[str, str] = {s.record.group: s.record.split for s in checked if s.record.group and s.record.split}
+    stated: dict[str, str] = {}
     for sample in checked:
-        split = stated.get(_group(sample)) or sample.record.split or _drawn_split(_group(sample), settings)
+        if split := sample.record.split:
+            other = stated.setdefault(_group(sample), split)
+            if other != split:
+                raise UserError(
+                    f"group '{_group(sample)}' stands in the splits {' and '.join(sorted((split, other)))}, so one "
+                    "would leak into the other: mend the table, or draw the split without --split-column"
+                )
+    for sample in checked:
+        split = stated.get(_group(sample)) or _drawn_split(_group(sample), settings)
         parts.setdefault(split, []).append(sample)
     for split, part in parts.items():
         if not part and settings.splits[split] > 0:
@@ -260,6 +272,8 @@ def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Che
 
 
 def _drawn_split(group: str, settings: Settings) -> str:
+    if not settings.splits:
+        raise UserError(f"{group} states no split: fill the split column, or give shares with --split")
     total = sum(settings.splits.values())
     draw = derive_seed("split", settings.seed, group) / 2**63 * total
     for split, share in settings.splits.items():

@@ -42,10 +42,19 @@ def table_records(table_uri: str, images_uri: str, columns: Columns) -> Iterator
 
 
 def records_of(rows: list[Row], images_uri: str, columns: Columns) -> Iterator[Record]:
-    """Join the rows of each image, in the order in which images first appear."""
+    """Join the rows of each image, in the order in which images first appear.
+
+    Tables sometimes name an image with its ending in one row and without it in another.
+    """
+    with_ending: dict[str, set[str]] = {}
+    for row in rows:
+        name = _text(row, columns.image)
+        with_ending.setdefault(name.rpartition(".")[0], set()).add(name)
     by_image: dict[str, list[Row]] = {}
     for row in rows:
-        by_image.setdefault(_text(row, columns.image), []).append(row)
+        name = _text(row, columns.image)
+        fuller = with_ending.get(name, set())
+        by_image.setdefault(min(fuller) if len(fuller) == 1 else name, []).append(row)
     for image, its_rows in by_image.items():
         captions = dict.fromkeys(_text(row, columns.caption) for row in its_rows)
         yield Record(

@@ -1,0 +1,231 @@
+"""The stream: the same batches at any number of ranks and threads, resumable, and damage is found and named."""
+
+import io
+import json
+import tarfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cluster import storage
+from cluster.errors import UserError
+from data_shards import Batch, Manifest, Settings, ShardStream, write_shards
+from data_shards.sample import derive_seed
+from data_shards.sources import medvqa_records
+from tests.conftest import write_small_shards
+
+GLOBAL = 8
+
+
+def stream(shards: str, **changes: Any) -> ShardStream:
+    settings: dict[str, Any] = {
+        "split": "train",
+        "resolution": 16,
+        "global_batch_size": GLOBAL,
+        "micro_batch_size": 1,
+        "seed": 3,
+        "rank": 0,
+        "world_size": 1,
+    }
+    return ShardStream(shards, **(settings | changes))
+
+
+def joined(batches: list[Batch]) -> dict[str, Any]:
+    return {
+        "images": torch.cat([batch.images for batch in batches]),
+        "captions": [caption for batch in batches for caption in batch.captions],
+        "keys": [key for batch in batches for key in batch.keys],
+        "flipped": [flipped for batch in batches for flipped in batch.flipped],
+        "seeds": [seed for batch in batches for seed in batch.seeds],
+    }
+
+
+def global_batches(shards: str, steps: int, world_size: int, *, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
+    """What all ranks together see at each step, in rank order."""
+    ranks = [stream(shards, rank=rank, world_size=world_size, **changes).batches(start) for rank in range(world_size)]
+    return [joined([batch for rank in ranks for batch in next(rank)]) for _ in range(steps)]
+
+
+def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    assert len(one) == len(other) > 0
+    for ours, theirs in zip(one, other, strict=True):
+        assert torch.equal(ours.pop("images"), theirs.pop("images"))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_any_world_size_and_worker_count_sees_the_same(shards: str, world_size: int, num_workers: int) -> None:
+    """Over several epochs, with mirroring on, so that every random choice of the stream takes part."""
+    common = {"horizontal_flip": True}
+    straight = global_batches(shards, 6, 1, num_workers=0, micro_batch_size=GLOBAL, **common)
+    assert_same(straight, global_batches(shards, 6, world_size, num_workers=num_workers, **common))
+    assert len({True, False} & {f for batch in global_batches(shards, 6, 1, **common) for f in batch["flipped"]}) == 2
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_resuming_at_a_step_continues_the_very_sequence(shards: str, step: int, world_size: int) -> None:
+    straight = global_batches(shards, 7, 2)
+    assert_same(straight[step:], global_batches(shards, 7 - step, world_size, start=step))
+
+
+def test_an_epoch_has_each_sample_once_and_captions_change_between_epochs(shards: str) -> None:
+    train = [entry.key for shard in Manifest.load(shards).split("train") for entry in shard.samples]
+    epochs = 4
+    steps = -(-epochs * len(train) // GLOBAL)
+    batches = global_batches(shards, steps, 2)
+    keys = [key for batch in batches for key in batch["keys"]]
+    captions = [caption for batch in batches for caption in batch["captions"]]
+    for epoch in range(epochs):
+        assert sorted(keys[epoch * len(train) : (epoch + 1) * len(train)]) == sorted(train)
+    by_key: dict[str, set[str]] = {}
+    for key, caption in zip(keys, captions, strict=True):
+        by_key.setdefault(key, set()).add(caption)
+    assert max(len(drawn) for drawn in by_key.values()) > 1
+
+
+def test_seeds_belong_to_sample_and_epoch(shards: str) -> None:
+    seeds = [seed for batch in global_batches(shards, 12, 1) for seed in batch["seeds"]]
+    assert len(set(seeds)) == len(seeds)
+    assert set(seeds).isdisjoint(seed for batch in global_batches(shards, 12, 1, seed=4) for seed in batch["seeds"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_one_pass_sees_each_sample_once_and_the_same_each_time(shards: str, world_size: int) -> None:
+    def passed() -> list[Batch]:
+        ranks = [
+            stream(shards, split="validation", global_batch_size=10, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        return [batch for rank in ranks for batch in rank.one_pass(3)]
+
+    expected = [entry.key for shard in Manifest.load(shards).split("validation") for entry in shard.samples]
+    first = joined(passed())
+    assert first["keys"] == expected
+    assert not any(first["flipped"])
+    assert_same([first], [joined(passed())])
+
+
+def test_reads_are_ranged_and_few(s3_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From object storage: windows of samples in one request each, never a request for each sample."""
+    reads: list[tuple[int, int | None]] = []
+    read_bytes = storage.read_bytes
+
+    def counted(uri: str, start: int = 0, length: int | None = None) -> bytes:
+        if uri.endswith(".tar"):
+            reads.append((start, length))
+        return read_bytes(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    samples = len(Manifest.load(s3_shards).split("train")[0].samples)
+    assert samples == 5
+    one_rank = stream(s3_shards, global_batch_size=1, micro_batch_size=1, num_workers=0)
+    keys = [step[0].keys[0] for step in islice(one_rank.batches(), one_rank.num_samples)]
+    assert len(set(keys)) == one_rank.num_samples
+    assert 0 < len(reads) <= len(Manifest.load(s3_shards).split("train")) + 2
+
+
+def test_local_and_s3_shards_stream_the_same(shards: str, s3_shards: str) -> None:
+    assert_same(global_batches(shards, 3, 2), global_batches(s3_shards, 3, 1))
+
+
+# --- faults ---
+
+
+@pytest.fixture
+def own_shards(small_source: Path, tmp_path: Path) -> str:
+    return write_small_shards(small_source, str(tmp_path / "shards"))
+
+
+def damage(shards: str, key_number: int, offset_in_sample: int) -> tuple[str, str]:
+    """Flip a byte of one training sample; returns the names of its shard and of the sample."""
+    shard = Manifest.load(shards).split("train")[0]
+    entry = shard.samples[key_number]
+    path = Path(shards) / shard.name
+    data = bytearray(path.read_bytes())
+    data[entry.offset + offset_in_sample] ^= 0xFF
+    path.write_bytes(data)
+    return shard.name, entry.key
+
+
+@pytest.mark.parametrize("offset", [0, 600, 1000])
+def test_a_damaged_shard_is_an_error_that_names_shard_and_sample(own_shards: str, offset: int) -> None:
+    shard, key = damage(own_shards, 2, offset)
+    with pytest.raises(UserError, match=rf"{shard} is damaged at sample '{key}'.*write the shards again"):
+        list(islice(stream(own_shards).batches(), 4))
+
+
+def test_a_truncated_shard_is_an_error_that_names_it(own_shards: str) -> None:
+    path = Path(own_shards) / Manifest.load(own_shards).split("train")[0].name
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=rf"{path.name} ends early"):
+        list(islice(stream(own_shards).batches(), 4))
+
+
+def test_a_sample_that_cannot_be_decoded_is_replaced_alike_everywhere(tmp_path: Path) -> None:
+    """Shards may hold what this machine's decoder refuses; the place is filled the same way on any rank."""
+    shards = shards_with_an_undecodable_sample(tmp_path)
+    straight = stream(shards, num_workers=0, micro_batch_size=GLOBAL)
+    batches = [joined(step) for step in islice(straight.batches(), 3)]
+    assert straight.replaced == 3  # once an epoch; three steps of eight are three epochs of eight
+    assert all("bad" not in batch["keys"] for batch in batches)
+    assert_same(batches, global_batches(shards, 3, 4, num_workers=2))
+
+
+def shards_with_an_undecodable_sample(tmp_path: Path) -> str:
+    """Eight samples in one valid shard whose second image is no image, as a foreign writer might leave it."""
+    source, out = tmp_path / "source", tmp_path / "shards"
+    (source / "images").mkdir(parents=True)
+    names = ["bad" if i == 1 else f"ok{i}" for i in range(8)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(source / "images" / f"{name}.png")
+    (source / "prompt-gt.csv").write_text("Filename;Prompt\n" + "".join(f"{name}.png;x\n" for name in names))
+    settings = Settings(name="s", splits={"train": 1})
+    write_shards(medvqa_records(str(source)), str(out), settings, source={"uri": "x"})
+    manifest = Manifest.load(str(out))
+    (shard,) = manifest.shards
+    data = bytearray((out / shard.name).read_bytes())
+    (entry,) = (entry for entry in shard.samples if entry.key == "bad")
+    with tarfile.open(fileobj=io.BytesIO(bytes(data[entry.offset : entry.offset + entry.length]))) as tar:
+        member = tar.getmember("bad.png")
+    at = entry.offset + member.offset_data
+    data[at : at + member.size] = bytes(member.size)
+    (out / shard.name).write_bytes(data)
+    # The manifest of such a writer describes its own bytes.
+    import zlib
+
+    document = json.loads((out / "manifest.json").read_text())
+    for sample in document["shards"][0]["samples"]:
+        if sample[0] == "bad":
+            sample[3] = zlib.crc32(data[entry.offset : entry.offset + entry.length])
+    (out / "manifest.json").write_text(json.dumps(document))
+    return str(out)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(shards: str) -> None:
+    with pytest.raises(UserError, match="global_batch_size 8 is not a multiple of micro_batch_size 3 x 2 workers"):
+        stream(shards, micro_batch_size=3, world_size=2)
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        stream(shards, split="trian")
+
+
+def test_a_manifest_of_another_kind_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version": 2}')
+    with pytest.raises(UserError, match=r"manifest.json is damaged or of another version"):
+        Manifest.load(str(tmp_path))
+
+
+def test_derived_seeds_are_spread_and_unrelated() -> None:
+    seeds = [derive_seed("noise", i) for i in range(1000)]
+    assert len(set(seeds)) == 1000
+    halves = torch.tensor([seed >> 62 for seed in seeds], dtype=torch.float64)
+    spread: Tensor = halves.mean()
+    assert 0.4 < float(spread) < 0.6
+    assert derive_seed("a", "b") != derive_seed("ab")
+    assert derive_seed(1, 23) != derive_seed(12, 3)
