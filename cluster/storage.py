@@ -39,7 +39,7 @@ def is_remote(uri: str) -> bool:
 
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` appended, one slash between each."""
-    return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)]).replace("//", "/", 0)
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def absolute(uri: str) -> str:
@@ -96,6 +96,8 @@ def size(uri: str) -> int:
 
 def exists(uri: str) -> bool:
     """Whether a file or object is at exactly `uri`."""
+    if not is_remote(uri):
+        return _path(uri).is_file()
     try:
         size(uri)
     except NotFoundError:
@@ -200,10 +202,15 @@ def _location(uri: str) -> dict[str, str]:
 
 @cache
 def _client(process: int) -> Any:
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60),
     )
+
+
+def forget_clients() -> None:
+    """Read credentials, region and endpoint anew at the next use."""
+    _client.cache_clear()
 
 
 def _s3() -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,6 @@ def shards_with_an_undecodable_sample(tmp_path: Path) -> str:
     data[at : at + member.size] = bytes(member.size)
     (out / shard.name).write_bytes(data)
     # The manifest of such a writer describes its own bytes.
-    import zlib
-
     document = json.loads((out / "manifest.json").read_text())
     for sample in document["shards"][0]["samples"]:
         if sample[0] == "bad":

@@ -1,0 +1,158 @@
+"""Storage: one behaviour for local folders and a real S3 protocol server; faults in words a stranger understands."""
+
+from pathlib import Path
+
+import boto3
+import pytest
+
+from cluster import storage
+from cluster.storage import NotFoundError, StorageError
+from tests.servers import free_port
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('bucket')}/place"
+
+
+def test_bytes_come_back_whole_and_in_ranges(place: str) -> None:
+    uri = storage.join(place, "a", "b.bin")
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_bytes(uri, 3) == b"3456789"
+    assert storage.read_bytes(uri, 3, 4) == b"3456"
+    assert storage.read_bytes(uri, 3, 0) == b""
+    assert storage.size(uri) == 10
+    storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"new"
+
+
+def test_a_short_read_is_an_error(place: str) -> None:
+    uri = storage.join(place, "short")
+    storage.write_bytes(uri, b"0123")
+    with pytest.raises(StorageError, match="ends early: asked for 8 bytes at 2, got 2"):
+        storage.read_bytes(uri, 2, 8)
+
+
+def test_existence_and_deletion(place: str) -> None:
+    uri = storage.join(place, "x")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"")
+    assert storage.exists(uri)
+    assert not storage.exists(place), "a folder is no file"
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    for act in (storage.read_bytes, storage.size):
+        with pytest.raises(NotFoundError, match=f"cannot read {uri}: it is not there"):
+            act(uri)
+
+
+def test_folders_travel_both_ways(place: str, tmp_path: Path) -> None:
+    names = ["a.txt", "deep/c.txt", "deep/er/b.txt"]
+    for name in names:
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text(name)
+    storage.upload_folder(tmp_path / "from", place)
+    assert storage.list_files(place) == names
+    assert storage.list_files(storage.join(place, "deep")) == ["c.txt", "er/b.txt"]
+    storage.download_folder(place, tmp_path / "to")
+    assert [(tmp_path / "to" / name).read_text() for name in names] == names
+    with storage.local_folder(place) as folder:
+        assert (folder / "deep/c.txt").read_text() == "deep/c.txt"
+    with pytest.raises(NotFoundError), storage.local_folder(storage.join(place, "nowhere")):
+        pass
+
+
+def test_more_objects_than_a_page_are_listed(bucket: str) -> None:
+    """S3 lists at most a thousand names in one answer."""
+    client = boto3.client("s3")
+    for number in range(1005):
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"many/{number:04d}", Body=b"")
+    assert storage.list_files(f"{bucket}/many") == [f"{number:04d}" for number in range(1005)]
+
+
+def test_objects_that_mark_folders_are_no_files(bucket: str) -> None:
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="place/folder/", Body=b"")
+    storage.write_bytes(f"{bucket}/place/folder/x", b"x")
+    assert storage.list_files(f"{bucket}/place") == ["folder/x"]
+
+
+def test_a_name_that_points_outside_is_not_downloaded(bucket: str, tmp_path: Path) -> None:
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="place/../../evil", Body=b"x")
+    with pytest.raises(StorageError, match="outside its folder"):
+        storage.download_folder(f"{bucket}/place", tmp_path / "to" / "here")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_broken_off_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "file")
+    storage.write_bytes(uri, b"old")
+
+    def fail(self: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(StorageError, match=rf"cannot write {uri}: No space left on device"):
+            storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_arrow_reaches_the_same_place(place: str) -> None:
+    """Ray writes checkpoints through pyarrow; they must land where everything else reads."""
+    storage.write_bytes(storage.join(place, "by-us"), b"ours")
+    filesystem, path = storage.arrow_filesystem(place)
+    with filesystem.open_input_stream(f"{path}/by-us") as stream:
+        assert stream.read() == b"ours"
+    with filesystem.open_output_stream(f"{path}/by-arrow") as stream:
+        stream.write(b"theirs")
+    assert storage.read_bytes(storage.join(place, "by-arrow")) == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("uri", "joined"),
+    [("s3://b", "s3://b/x/y"), ("s3://b/p/", "s3://b/p/x/y"), ("folder", "folder/x/y"), ("/", "/x/y")],
+)
+def test_join(uri: str, joined: str) -> None:
+    assert storage.join(uri, "x", "/y/") == joined
+
+
+def test_absolute_names_the_same_place(tmp_path: Path) -> None:
+    assert storage.absolute("runs/a") == str(tmp_path / "runs/a")
+    assert storage.absolute(f"file://{tmp_path}/a") == str(tmp_path / "a")
+    assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+# --- a stranger's mistakes ---
+
+
+def test_no_such_bucket(s3: str) -> None:
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        storage.write_bytes("s3://no-such-bucket-here/x", b"")
+
+
+def test_no_server(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    storage.forget_clients()
+    with pytest.raises(StorageError, match="no server answers; check AWS_ENDPOINT_URL"):
+        storage.read_bytes("s3://bucket/x")
+
+
+def test_no_credentials(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.forget_clients()
+    with pytest.raises(StorageError, match="no AWS credentials found; set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes("s3://bucket/x")
+
+
+def test_check_writable_says_so_before_the_work(place: str, tmp_path: Path) -> None:
+    storage.check_writable(place)
+    assert storage.list_files(place) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="File exists"):
+        storage.check_writable(str(tmp_path / "file"))

@@ -1,0 +1,153 @@
+"""Tracking: the record of a run, on SQLite alone and through a real server; and the way back from a model's name."""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from cluster.errors import UserError
+from cluster.tracking import Tracker, connect, model_folder
+from tests.servers import free_port
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("tracking_uri"))
+    uri: str = request.getfixturevalue("mlflow_server")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+@pytest.fixture
+def tracker(store: str, request: pytest.FixtureRequest) -> Tracker:
+    return Tracker.start(experiment=request.node.name, run_name="run", tags={"git_commit": "abc"})
+
+
+def test_what_is_logged_is_found(tracker: Tracker) -> None:
+    tracker.log_params({"a": {"b": 1, "c": [1, 2]}, "long": "x" * 10_000})
+    tracker.log_text("name: x\n", "recipe.yaml")
+    tracker.log_dataset(name="set", digest="d" * 64, source="s3://bucket/shards", context="training")
+    tracker.finish("FINISHED")
+    run = MlflowClient(tracker.tracking_uri).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["git_commit"] == "abc"
+    assert run.data.params["a.b"] == "1"
+    assert run.data.params["a.c"] == "[1, 2]"
+    assert run.data.params["long"] == "x" * 6000
+    assert tracker.read_text("recipe.yaml") == "name: x\n"
+    (dataset,) = run.inputs.dataset_inputs
+    assert json.loads(dataset.dataset.source) == {"uri": "s3://bucket/shards"}
+    assert {tag.key: tag.value for tag in dataset.tags}["manifest_digest"] == "d" * 64
+
+
+def test_a_step_logged_again_after_a_restart_is_not_doubled(tracker: Tracker) -> None:
+    for step in (1, 2, 3):
+        tracker.log_metrics({"loss": step / 10}, step)
+    restarted = Tracker.resume(tracker.run_id, tracker.tracking_uri)
+    for step in (2, 3, 4):
+        restarted.log_metrics({"loss": step / 10, "late": 1.0}, step)
+    assert restarted.metric_history("loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert [step for step, _ in restarted.metric_history("late")] == [2, 3, 4]
+    assert restarted.last_metrics() == {"loss": 0.4, "late": 1.0}
+
+
+def test_more_metrics_and_params_than_a_batch_holds(tracking_uri: str) -> None:
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    tracker.log_metrics({f"m{i}": float(i) for i in range(1200)}, 1)
+    tracker.log_params({f"p{i}": i for i in range(250)})
+    run = MlflowClient(tracker.tracking_uri).get_run(tracker.run_id)
+    assert len(run.data.metrics) == 1200
+    assert len(run.data.params) == 250
+
+
+def test_pictures_are_kept_by_step(tracker: Tracker) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(png, "PNG")
+    for step in (10, 20):
+        tracker.log_picture("vae/samples", png.getvalue(), step)
+    names = [found.path for found in MlflowClient(tracker.tracking_uri).list_artifacts(tracker.run_id, "images")]
+    for step in (10, 20):
+        assert any("samples" in name and f"step+{step}+" in name and name.endswith(".png") for name in names), names
+
+
+def test_registered_models_are_found_by_version_alias_and_run(
+    tracker: Tracker, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    for version in (1, 2):
+        folder = tmp_path / f"v{version}"
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_text(str(version))
+        run = Tracker.start(experiment="models", run_name="r", tags={})
+        assert run.register(folder, name=name, tags={"k": "v"}) == version
+    MlflowClient(tracker.tracking_uri).set_registered_model_alias(name, "champion", "1")
+
+    def content(uri: str) -> str:
+        with model_folder(uri) as found:
+            return (found / "unet" / "weights").read_text()
+
+    assert content(f"models:/{name}/1") == "1"
+    assert content(f"models:/{name}/2") == "2"
+    assert content(f"models:/{name}/latest") == "2"
+    assert content(f"models:/{name}@champion") == "1"
+    assert content(f"runs:/{run.run_id}/model") == "2"
+    assert content(str(tmp_path / "v1")) == "1"
+
+    for wrong, said in {
+        f"models:/{name}x/1": f"did you mean '{name}'",
+        f"models:/{name}/7": "has no version 7: there are 1, 2",
+        f"models:/{name}@chamption": "has no alias 'chamption': there are champion",
+        f"models:/{name}": "write models:/NAME/VERSION",
+        f"runs:/{'0' * 32}/model": "not found",
+        str(tmp_path / "nowhere"): "there is no folder",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            content(wrong)
+
+
+def test_no_model_at_all(tracking_uri: str) -> None:
+    with pytest.raises(UserError, match="no model 'x' is registered: there are none"), model_folder("models:/x/1"):
+        pass
+
+
+def test_system_metrics_are_recorded_under_the_node(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    with tracker.system_metrics("node-a"):
+        time.sleep(2)
+    assert "system/node-a/cpu_utilization_percentage" in tracker.last_metrics()
+
+
+def test_artifacts_of_a_sqlite_store_lie_beside_it(tracking_uri: str, tmp_path: Path) -> None:
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    tracker.log_text("x", "x.txt")
+    assert list((tmp_path / "mlartifacts").rglob("x.txt"))
+    assert tracker.ui_command() == f"mlflow ui --backend-store-uri {tracking_uri}"
+
+
+def test_a_server_that_is_down_is_named_at_once() -> None:
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match="no MLflow server answers") as error:
+        connect(uri)
+    assert "secret" not in str(error.value)
+    assert "mend MLFLOW_TRACKING_URI" in str(error.value)
+
+
+def test_what_is_no_mlflow_server_is_named(s3: str) -> None:
+    with pytest.raises(UserError, match="is no MLflow server: HTTP"):
+        connect(s3)
+
+
+def test_a_deleted_experiment_is_explained(tracking_uri: str) -> None:
+    Tracker.start(experiment="gone", run_name="r", tags={})
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("gone")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError, match="'gone' was deleted: restore it, or name another"):
+        Tracker.start(experiment="gone", run_name="r", tags={})
