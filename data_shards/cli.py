@@ -62,6 +62,7 @@ def write(
 
     medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
+    splits = _splits(split or (() if split_column else DEFAULT_SPLITS))
     records: Iterator[Record]
     if format is Format.MEDVQA:
         records = medvqa_records(source)
@@ -72,7 +73,7 @@ def write(
         records = table_records(source, images or str(PurePosixPath(source).parent), columns)
     settings = Settings(
         name=name or PurePosixPath(storage.absolute(source)).stem,
-        splits=_splits(split or (() if split_column else DEFAULT_SPLITS)),
+        splits=splits,
         samples_per_shard=samples_per_shard,
         seed=seed,
         resize=resize,

@@ -96,6 +96,7 @@ def write_shards(
         parts = _split(checked, settings)
         fingerprint = _fingerprint(parts, settings)
         if existing := _finished(out, fingerprint, overwrite):
+            on_progress("shards already written", len(existing.shards), len(existing.shards))
             return existing
         pieces = list(_pieces(parts, settings))
         shards: list[ShardEntry] = []

@@ -40,6 +40,7 @@ def test_what_is_logged_is_found(tracker: Tracker) -> None:
     assert run.data.params["a.c"] == "[1, 2]"
     assert run.data.params["long"] == "x" * 6000
     assert tracker.read_text("recipe.yaml") == "name: x\n"
+    assert run.inputs is not None
     (dataset,) = run.inputs.dataset_inputs
     assert json.loads(dataset.dataset.source) == {"uri": "s3://bucket/shards"}
     assert {tag.key: tag.value for tag in dataset.tags}["manifest_digest"] == "d" * 64
