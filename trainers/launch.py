@@ -190,8 +190,8 @@ def _fit(
     while thread.is_alive() or not reports.empty():
         try:
             thread.join(timeout=POLL_SECONDS)
-            for progress in reports.get_nowait_batch(reports.qsize()):
-                on_progress(progress)
+            for report in reports.get_nowait_batch(reports.qsize()):
+                on_progress(Progress(*report))
         except KeyboardInterrupt:
             if stopping:
                 raise
@@ -262,7 +262,8 @@ class _RecordReports(ray.train.UserCallback):
         if has_picture:
             picture = self.run.picture(self.stage, step)
             self.tracker.log_picture(f"{self.stage}/samples", storage.read_bytes(picture), step)
-        self.reports.put(Progress(self.stage, step, self.steps, values))
+        # Plain values: the queue's own process need not import this project to hold them.
+        self.reports.put((self.stage, step, self.steps, values))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # What is raised here ends the training; what a worker raises would be tried again.

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,19 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cluster import storage
+from cluster import runtime, storage
 from trainers.generate import generate
 from trainers.launch import Progress, TrainedRun, train_recipe
 from trainers.recipe import Recipe, dump_recipe, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def one_ray() -> Iterator[None]:
+    """One cluster inside this process for all runs of a test."""
+    with runtime.connect(min_cpus=2):
+        yield
 
 
 def train(recipe: Recipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
@@ -118,9 +125,7 @@ def test_a_run_on_s3_with_a_tracking_server(
     assert_equal(final_weights(train(again, "repeated")), final_weights(trained))
 
 
-def test_a_killed_worker_changes_nothing(
-    recipe_document: dict[str, Any], tracking_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_changes_nothing(recipe_document: dict[str, Any], tracking_uri: str, one_ray: None) -> None:
     """kill -9 on a rank in mid-training: the run goes on by itself and ends with the undisturbed run's weights."""
     recipe = with_values(
         recipe_document, cluster__num_workers=2, denoiser__training__steps=40, tracking__register_as=None
@@ -157,7 +162,12 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
 ) -> None:
     """Ctrl-C saves the state and prints the command that goes on; that command finishes the very run."""
     recipe = with_values(
-        recipe_document, denoiser__training__steps=400, denoiser__training__checkpoint_every_steps=1000
+        recipe_document,
+        denoiser__training__steps=400,
+        denoiser__training__log_every_steps=20,
+        denoiser__training__checkpoint_every_steps=1000,
+        denoiser__training__validate_every_steps=400,
+        denoiser__training__preview_every_steps=400,
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
