@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import PngImagePlugin
 
 from cluster.errors import UserError
@@ -20,6 +21,7 @@ def load_pipeline(model_uri: str, device: str | None = None) -> MSDMPipeline:
     with model_folder(model_uri) as folder:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{model_uri} holds no diffusers pipeline: model_index.json is not there")
+        diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
         pipeline = MSDMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     placed: MSDMPipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

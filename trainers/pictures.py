@@ -1,7 +1,5 @@
 """Grids of pictures, as people look at them."""
 
-from collections.abc import Sequence
-
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,13 +17,3 @@ def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
         top, left = (number // columns) * (height + GAP), (number % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(canvas.numpy())
-
-
-def pixels_of(images: Sequence[Image.Image]) -> Tensor:
-    """Equally sized pictures -> pixels uint8 [N, H, W, 3]."""
-    return torch.stack(
-        [
-            torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).view(i.height, i.width, 3)
-            for i in images
-        ]
-    )

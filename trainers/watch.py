@@ -53,6 +53,8 @@ class Watch:
     def show(self, progress: "Progress") -> None:
         figures = _figures(progress.metrics)
         if not self._console.is_terminal:
+            if not figures:
+                return
             elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
             self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}")
             return

@@ -4,31 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from trainers.msdm import MSDMPipeline
-from trainers.msdm.text_encoder import load_text_encoder
-from trainers.msdm.unet import build_scheduler, build_unet
-from trainers.msdm.vae import build_vae, decode_latents, set_channel_statistics, standardize
+from trainers.msdm.export import PIPELINE_FILE
+from trainers.msdm.unet import build_scheduler
+from trainers.msdm.vae import decode_latents, set_channel_statistics, standardize
 from trainers.recipe import Recipe
-
-
-@pytest.fixture
-def pipeline(recipe: Recipe) -> MSDMPipeline:
-    torch.manual_seed(0)
-    tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
-    vae = build_vae(recipe.vae.architecture, recipe.data.resolution)
-    set_channel_statistics(vae, torch.randn(16, 8, 8, 8) * 3 + 1)
-    unet = build_unet(recipe.denoiser.architecture, latent_channels=8, latent_side=8, embedding_dim=32)
-    pipeline = MSDMPipeline(
-        vae.eval(),
-        text_encoder,
-        tokenizer,
-        unet.eval(),
-        build_scheduler(recipe.denoiser.noise, recipe.sampling),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def draw(pipeline: MSDMPipeline, prompts: list[str], *, guidance_scale: float = 3.5) -> Tensor:
@@ -95,6 +78,23 @@ def test_saved_and_loaded_it_draws_the_same(pipeline: MSDMPipeline, tmp_path: Pa
     loaded = MSDMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded, ["a polyp"]), before)
+
+
+def test_diffusers_alone_opens_the_folder(pipeline: MSDMPipeline, recipe: Recipe, tmp_path: Path) -> None:
+    """What registration ships: the layout that DiffusionPipeline.from_pretrained reads, with our class by name."""
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.py").write_text(PIPELINE_FILE)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, ["a polyp"]), draw(pipeline, ["a polyp"]))
+
+
+def test_a_caption_of_two_thousand_words_is_cut(pipeline: MSDMPipeline, recipe: Recipe) -> None:
+    embeds, mask = pipeline.encode_prompts(["polyp " * 2000, ""])
+    assert embeds.shape == (2, recipe.text_encoder.max_tokens, 32)
+    assert int(mask[0].sum()) == recipe.text_encoder.max_tokens
+    assert int(mask[1].sum()) == 2
+    assert torch.isfinite(embeds).all()
 
 
 def test_latents_are_standardised_and_decoding_undoes_it(pipeline: MSDMPipeline) -> None:

@@ -1,0 +1,67 @@
+"""From a saved model to PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.errors import UserError
+from trainers.generate import generate
+from trainers.msdm import MSDMPipeline
+
+
+@pytest.fixture
+def model(pipeline: MSDMPipeline, tmp_path: Path) -> str:
+    pipeline.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def draw(model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0) -> list[Path]:
+    return generate(
+        model,
+        "a large polyp",
+        out,
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+        guidance_scale=3.5,
+        num_inference_steps=2,
+        device="cpu",
+    )
+
+
+def test_the_same_seed_writes_the_same_files(model: str, tmp_path: Path) -> None:
+    first, second = draw(model, tmp_path / "a"), draw(model, tmp_path / "b")
+    assert [path.name for path in first] == ["0000.png", "0001.png", "0002.png"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    others = draw(model, tmp_path / "c", seed=1)
+    assert all(path.read_bytes() != other.read_bytes() for path, other in zip(first, others, strict=True))
+
+
+def test_a_picture_does_not_depend_on_how_many_are_drawn(model: str, tmp_path: Path) -> None:
+    """Up to one of 255 levels: another batch size may take another summation order."""
+    three = draw(model, tmp_path / "three", batch_size=3)
+    one = draw(model, tmp_path / "one", num_images=1, batch_size=1)
+    pixels = [np.asarray(Image.open(path), dtype=np.int16) for path in (three[0], one[0])]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_a_picture_says_what_made_it(model: str, tmp_path: Path) -> None:
+    last = Image.open(draw(model, tmp_path / "out", seed=5)[-1])
+    assert last.info["prompt"] == "a large polyp"
+    assert last.info["Description"] == "Synthetic image, made by a generative model"
+    made_with = [last.info[name] for name in ("seed", "number", "guidance_scale", "num_inference_steps", "model")]
+    assert made_with == ["5", "2", "3.5", "2", model]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no diffusers pipeline"):
+        draw(str(tmp_path / "empty"), tmp_path / "out")
+
+
+def test_an_output_folder_in_which_nothing_can_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file in the way")
+    with pytest.raises(UserError, match="choose another --out"):
+        draw("models:/none/1", tmp_path / "out")
