@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ FORWARDED_VARIABLES = (
     "AWS_DEFAULT_REGION",
     "HF_HUB_OFFLINE",
 )
+CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -26,15 +28,18 @@ def connect(min_cpus: int) -> Iterator[None]:
 
     With RAY_ADDRESS set, to that cluster. Else a cluster is started inside this process and ended with the
     block; it offers at least `min_cpus`, even where the machine has fewer cores.
+
+    Raises UserError, within seconds, when RAY_ADDRESS names no cluster.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "local")
     try:
-        if address:
+        if address != "local":
+            _check_answers(address)
             forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
             ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
         else:
@@ -42,13 +47,32 @@ def connect(min_cpus: int) -> Iterator[None]:
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     except ConnectionError as error:
         raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {str(error).splitlines()[0]}; "
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
             "start it with 'ray start --head', or unset RAY_ADDRESS to run on this machine alone"
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Knock at the cluster's door. Ray itself would go on knocking for minutes before it gives up.
+
+    Raises ConnectionError if nobody listens there, UserError if the address is of another kind.
+    """
+    if address == "auto":  # Ray looks on this machine, and says so quickly if it finds nothing
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        raise UserError(
+            f"RAY_ADDRESS={address} is no address of a cluster: give HOST:PORT, such as 127.0.0.1:6379 "
+            "(an http:// address is that of the job server, for 'ray job submit')"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from None
 
 
 def check_capacity(*, num_workers: int, cpus_per_worker: int, gpus_per_worker: int) -> None:

@@ -1,20 +1,11 @@
 """Connecting to Ray: an own cluster, a wrong address, a job too large."""
 
-import socket
-
 import pytest
 import ray
 
 from cluster import runtime
 from cluster.errors import UserError
-
-pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.servers import free_port
 
 
 def test_an_address_where_nothing_answers_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +19,14 @@ def test_an_address_where_nothing_answers_is_a_users_mistake(monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "somewhere", "127.0.0.1:"])
+def test_an_address_of_another_kind_is_explained(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={address} is no address of a cluster"), runtime.connect(1):
+        pass
+
+
+@pytest.mark.slow
 def test_an_own_cluster_offers_what_is_asked_and_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with runtime.connect(min_cpus=6):
