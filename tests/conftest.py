@@ -19,7 +19,7 @@ from cluster import storage
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records
 from tests import servers
-from trainers.recipe import Recipe
+from trainers.recipe import MSDMRecipe
 
 DATA = Path(__file__).parent / "data"
 NUM_IMAGES = 24
@@ -194,5 +194,5 @@ def recipe_file(recipe_document: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(recipe_document: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate(recipe_document)
+def recipe(recipe_document: dict[str, Any]) -> MSDMRecipe:
+    return MSDMRecipe.model_validate(recipe_document)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -27,15 +26,13 @@ from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.tracking import Status, Tracker
 from data_shards import Manifest
+from trainers.families import family_of
 from trainers.loop import DivergedError
-from trainers.msdm.export import export_pipeline, export_vae
-from trainers.msdm.text_encoder import load_text_encoder
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.run_folder import RunFolder
-from trainers.worker import STAGES, check_data, open_stream, train_rank, training_of
+from trainers.worker import train_rank
 
-LATENT_STATISTICS_SAMPLES = 256
 POLL_SECONDS = 0.5
 
 
@@ -54,6 +51,7 @@ class TrainedRun:
     """Where a finished run's results are."""
 
     folder: RunFolder
+    stages: tuple[str, ...]
     tracker: Tracker
     metrics: Mapping[str, float]  # the last of each, by stage/name
     model_uri: str  # models:/NAME/VERSION, or the model's folder when the recipe registers nothing
@@ -76,8 +74,8 @@ def train_recipe(
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
     """
     recipe = at_absolute_paths(recipe)
-    manifest = check_data(recipe)
-    load_text_encoder(recipe.text_encoder)
+    family = family_of(recipe)
+    manifest = family.check(recipe)
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
     with runtime.connect(min_cpus=recipe.cluster.num_workers * recipe.cluster.cpus_per_worker):
@@ -89,7 +87,7 @@ def train_recipe(
         tracker = _begin(recipe, manifest, run, run_name)
         status: Status = "FAILED"
         try:
-            for stage in STAGES:
+            for stage in family.STAGES:
                 if not run.has_model(stage):
                     _train_stage(recipe, stage, run, tracker, on_progress, on_stop_requested)
             model_uri = _register(recipe, manifest, run, tracker)
@@ -99,7 +97,7 @@ def train_recipe(
             raise
         finally:
             tracker.finish(status)
-    return TrainedRun(run, tracker, tracker.last_metrics(), model_uri)
+    return TrainedRun(run, family.STAGES, tracker, tracker.last_metrics(), model_uri)
 
 
 def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) -> Tracker:
@@ -134,7 +132,7 @@ def _train_stage(
     on_stop_requested: Callable[[], None],
 ) -> None:
     """Train one stage under Ray Train and put its model into the run's folder."""
-    cluster = recipe.cluster
+    cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0})
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
@@ -152,13 +150,11 @@ def _train_stage(
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=cluster.keep_checkpoints),
             # Ray declares the wrong base class here.
-            callbacks=[_RecordReports(stage, training_of(recipe, stage).steps, run, tracker, reports)],  # type: ignore[list-item]
+            callbacks=[_RecordReports(stage, steps, run, tracker, reports)],  # type: ignore[list-item]
         ),
     )
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
-    if result.checkpoint is None or result.metrics is None:
-        raise RunStopped
-    if result.metrics["step"] < training_of(recipe, stage).steps:
+    if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
     export = ray.remote(_export_stage).options(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu))
     ray.get(export.remote(recipe, stage, run, result.checkpoint))
@@ -275,14 +271,7 @@ class _RecordReports(ray.train.UserCallback):
 def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:
     """The finished checkpoint as a model in the diffusers layout, in the run's folder."""
     with TemporaryDirectory() as out, checkpoint.as_directory() as folder:
-        if stage == "vae":
-            training = training_of(recipe, stage)
-            steps = -(-LATENT_STATISTICS_SAMPLES // training.global_batch_size)
-            batches = [b for step in islice(open_stream(recipe, "train", training).batches(), steps) for b in step]
-            export_vae(recipe, Path(folder), batches, Path(out))
-        else:
-            with storage.local_folder(run.model("vae")) as vae:
-                export_pipeline(recipe, vae, Path(folder), Path(out))
+        family_of(recipe).export(recipe, stage, run, Path(folder), Path(out))
         storage.upload_folder(Path(out), run.model(stage))
     run.mark_complete(stage)
 
@@ -291,11 +280,11 @@ def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Track
     """Make the finished model a version of the recipe's registered model, once, and return its URI."""
     name = recipe.tracking.register_as
     if name is None:
-        return run.model(STAGES[-1])
+        return run.model(family_of(recipe).STAGES[-1])
     marker = storage.join(run.uri, "registered.json")
     if storage.exists(marker):
         return str(json.loads(storage.read_bytes(marker))["model_uri"])
-    with storage.local_folder(run.model(STAGES[-1])) as folder:
+    with storage.local_folder(run.model(family_of(recipe).STAGES[-1])) as folder:
         version = tracker.register(folder, name=name, tags={"manifest_digest": manifest.digest, "recipe": recipe.name})
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())

@@ -70,7 +70,7 @@ class Watch:
 def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     """The end of a run: its figures, where the pictures are, and what to do next."""
     table = Table(title="Result", show_header=False, title_justify="left")
-    for stage in ("vae", "denoiser"):
+    for stage in trained.stages:
         values = {name.removeprefix(f"{stage}/"): v for name, v in trained.metrics.items() if name.startswith(stage)}
         table.add_row(stage, _figures(values))
     table.add_row("model", trained.model_uri)

@@ -7,11 +7,11 @@ from trainers.msdm import MSDMPipeline
 from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler, build_unet
 from trainers.msdm.vae import build_vae, set_channel_statistics
-from trainers.recipe import Recipe
+from trainers.recipe import MSDMRecipe
 
 
 @pytest.fixture
-def pipeline(recipe: Recipe) -> MSDMPipeline:
+def pipeline(recipe: MSDMRecipe) -> MSDMPipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
     vae = build_vae(recipe.vae.architecture, recipe.data.resolution)

@@ -17,7 +17,7 @@ from PIL import Image
 from cluster import runtime, storage
 from trainers.generate import generate
 from trainers.launch import Progress, TrainedRun, train_recipe
-from trainers.recipe import Recipe, dump_recipe, load_recipe
+from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -29,11 +29,11 @@ def one_ray() -> Iterator[None]:
         yield
 
 
-def train(recipe: Recipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
+def train(recipe: MSDMRecipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
     return train_recipe(recipe, name, on_progress=on_progress, on_stop_requested=lambda: None)
 
 
-def with_values(document: dict[str, Any], **values: Any) -> Recipe:
+def with_values(document: dict[str, Any], **values: Any) -> MSDMRecipe:
     """The recipe with dotted keys (written with __) set."""
     for path, value in values.items():
         *parents, last = path.split("__")
@@ -41,7 +41,7 @@ def with_values(document: dict[str, Any], **values: Any) -> Recipe:
         for parent in parents:
             block = block[parent]
         block[last] = value
-    return Recipe.model_validate(document)
+    return MSDMRecipe.model_validate(document)
 
 
 def draw(model_uri: str, out: Path) -> list[bytes]:
@@ -77,7 +77,7 @@ def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
     assert not different
 
 
-def check_record(trained: TrainedRun, recipe: Recipe) -> None:
+def check_record(trained: TrainedRun, recipe: MSDMRecipe) -> None:
     """Everything a reader of MLflow expects to find in the run."""
     tracker = trained.tracker
     for stage in ("vae", "denoiser"):

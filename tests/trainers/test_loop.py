@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from trainers import worker
 from trainers.engines.ddp import DDPEngine
+from trainers.families import msdm
 from trainers.loop import MAX_SKIPPED_STEPS, DivergedError, train
 from trainers.msdm.export import export_vae
-from trainers.recipe import Recipe
+from trainers.recipe import MSDMRecipe
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
-from trainers.worker import build_stage, open_stream, train_rank, training_of
+from trainers.worker import train_rank
 
 CPU = torch.device("cpu")
 
@@ -56,25 +57,29 @@ def states(checkpoint: Path) -> dict[str, Tensor]:
     }
 
 
-def vae_model(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
+def with_vae_training(recipe: MSDMRecipe, **changes: Any) -> MSDMRecipe:
+    training = recipe.vae.training.model_copy(update=changes)
+    return recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": training})})
+
+
+def vae_model(recipe: MSDMRecipe, run: RunFolder, tmp_path: Path) -> None:
     """A barely trained autoencoder in the run's folder, which the denoiser stage starts from."""
     reports = Reports()
-    short = recipe.vae.training.model_copy(update={"steps": 2})
-    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": short})})
+    recipe = with_vae_training(recipe, steps=2)
     train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
-    batches = next(open_stream(recipe, "train", short).batches())
+    batches = next(msdm.open_stream(recipe, "vae", "train").batches())
     export_vae(recipe, reports.checkpoints[2], batches, Path(run.model("vae")))
 
 
 @pytest.fixture
-def run(recipe: Recipe, tmp_path: Path) -> RunFolder:
+def run(recipe: MSDMRecipe, tmp_path: Path) -> RunFolder:
     folder = RunFolder(str(tmp_path / "run"))
     vae_model(recipe, folder, tmp_path)
     return folder
 
 
 @pytest.mark.parametrize("stage", ["vae", "denoiser"])
-def test_resumed_is_bitwise_never_stopped(recipe: Recipe, run: RunFolder, stage: str) -> None:
+def test_resumed_is_bitwise_never_stopped(recipe: MSDMRecipe, run: RunFolder, stage: str) -> None:
     straight, resumed = Reports(), Reports()
     train_rank(recipe, stage, run, device=CPU, report=straight, resume_from=None)
     assert sorted(straight.checkpoints) == [2, 4, 6]
@@ -88,19 +93,18 @@ def test_resumed_is_bitwise_never_stopped(recipe: Recipe, run: RunFolder, stage:
 
 
 def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
-    recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, stopped, resumed = Reports(), Reports(), Reports()
     train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
     asked = count(1)
-    training = training_of(recipe, "denoiser")
-    stage = build_stage(recipe, "denoiser", run, CPU)
+    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
     steps = train(
-        training=training,
+        training=recipe.denoiser.training,
         stage=stage,
-        engine=DDPEngine(stage.model, training, CPU),
-        stream=open_stream(recipe, "train", training),
-        validation=open_stream(recipe, "validation", training),
+        engine=engine,
+        stream=msdm.open_stream(recipe, "denoiser", "train"),
+        validation=msdm.open_stream(recipe, "denoiser", "validation"),
         seed=recipe.seed,
         report=stopped,
         stop_requested=lambda: next(asked) == 3,
@@ -111,11 +115,10 @@ def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
     assert all(torch.equal(value, resumed.weights[name]) for name, value in straight.weights.items())
 
 
-def test_the_stop_file_reaches_the_loop(recipe: Recipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_file_reaches_the_loop(recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "STOP_POLL_SECONDS", 0.01)
     run.request_stop()
-    endless = recipe.vae.training.model_copy(update={"steps": 10_000})
-    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": endless})})
+    recipe = with_vae_training(recipe, steps=10_000)
     reports = Reports()
     steps = train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
     assert steps < 10_000
@@ -124,9 +127,8 @@ def test_the_stop_file_reaches_the_loop(recipe: Recipe, run: RunFolder, monkeypa
     assert not run.stop_requested()
 
 
-def test_losses_fall_on_real_images(recipe: Recipe, run: RunFolder) -> None:
-    longer = recipe.vae.training.model_copy(update={"steps": 60, "log_every_steps": 10, "learning_rate": 5e-3})
-    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": longer})})
+def test_losses_fall_on_real_images(recipe: MSDMRecipe, run: RunFolder) -> None:
+    recipe = with_vae_training(recipe, steps=60, log_every_steps=10, learning_rate=5e-3)
     reports = Reports()
     train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
     losses = reports.series("loss")
@@ -137,7 +139,7 @@ def test_losses_fall_on_real_images(recipe: Recipe, run: RunFolder) -> None:
 # --- several ranks ---
 
 
-def train_on_rank(rank: int, world_size: int, port: int, recipe: Recipe, run: RunFolder, out: Path) -> None:
+def train_on_rank(rank: int, world_size: int, port: int, recipe: MSDMRecipe, run: RunFolder, out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     reports = Reports()
@@ -148,7 +150,7 @@ def train_on_rank(rank: int, world_size: int, port: int, recipe: Recipe, run: Ru
     dist.destroy_process_group()
 
 
-def train_on(world_size: int, recipe: Recipe, run: RunFolder, out: Path) -> dict[str, Any]:
+def train_on(world_size: int, recipe: MSDMRecipe, run: RunFolder, out: Path) -> dict[str, Any]:
     out.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -167,7 +169,7 @@ def train_on(world_size: int, recipe: Recipe, run: RunFolder, out: Path) -> dict
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(recipe: Recipe, run: RunFolder, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(recipe: MSDMRecipe, run: RunFolder, tmp_path: Path) -> None:
     one = train_on(1, recipe, run, tmp_path / "one")
     two = train_on(2, recipe, run, tmp_path / "two")
     for stage in ("vae", "denoiser"):
@@ -187,9 +189,9 @@ def test_two_ranks_equal_one(recipe: Recipe, run: RunFolder, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def poisoned(recipe: Recipe, run: RunFolder) -> tuple[Stage, list[float]]:
+def poisoned(recipe: MSDMRecipe, run: RunFolder) -> tuple[Stage, list[float]]:
     """The autoencoder's stage with losses multiplied by what the test puts into the list."""
-    stage = build_stage(recipe, "vae", run, CPU)
+    stage, _ = msdm.build(recipe, "vae", run, CPU)
     factors: list[float] = []
 
     def objective(model: nn.Module, **prepared: Tensor) -> Tensor:
@@ -199,22 +201,17 @@ def poisoned(recipe: Recipe, run: RunFolder) -> tuple[Stage, list[float]]:
     return replace(stage, objective=objective), factors
 
 
-def train_poisoned(recipe: Recipe, stage: Stage, reports: Reports) -> DDPEngine:
-    training = recipe.vae.training.model_copy(
-        update={
-            "micro_batch_size": 4,
-            "log_every_steps": 1,
-            "validate_every_steps": 100,
-            "checkpoint_every_steps": 1,
-        }
+def train_poisoned(recipe: MSDMRecipe, stage: Stage, reports: Reports) -> DDPEngine:
+    recipe = with_vae_training(
+        recipe, micro_batch_size=4, log_every_steps=1, validate_every_steps=100, checkpoint_every_steps=1
     )
-    engine = DDPEngine(stage.model, training, CPU)
+    engine = DDPEngine(stage.model, recipe.vae.training, CPU)
     train(
-        training=training,
+        training=recipe.vae.training,
         stage=stage,
         engine=engine,
-        stream=open_stream(recipe, "train", training),
-        validation=open_stream(recipe, "validation", training),
+        stream=msdm.open_stream(recipe, "vae", "train"),
+        validation=msdm.open_stream(recipe, "vae", "validation"),
         seed=0,
         report=reports,
     )
@@ -223,7 +220,7 @@ def train_poisoned(recipe: Recipe, stage: Stage, reports: Reports) -> DDPEngine:
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_non_finite_step_leaves_the_weights_as_they_were(
-    recipe: Recipe, poisoned: tuple[Stage, list[float]], factor: float
+    recipe: MSDMRecipe, poisoned: tuple[Stage, list[float]], factor: float
 ) -> None:
     stage, factors = poisoned
     factors += [1.0, 1.0, factor, 1.0]
@@ -236,11 +233,10 @@ def test_a_non_finite_step_leaves_the_weights_as_they_were(
     assert [reports.metrics[step]["skipped_steps"] for step in (2, 3, 4)] == [0, 1, 0]
 
 
-def test_a_diverged_run_ends_with_an_explanation(recipe: Recipe, poisoned: tuple[Stage, list[float]]) -> None:
+def test_a_diverged_run_ends_with_an_explanation(recipe: MSDMRecipe, poisoned: tuple[Stage, list[float]]) -> None:
     stage, factors = poisoned
     factors += [float("nan")] * (MAX_SKIPPED_STEPS + 5)
-    longer = recipe.vae.training.model_copy(update={"steps": 50})
-    recipe = recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": longer})})
+    recipe = with_vae_training(recipe, steps=50)
     with pytest.raises(DivergedError, match="lower the learning rate"):
         train_poisoned(recipe, stage, Reports())
     assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())

@@ -9,13 +9,14 @@ from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records, roco_records
 from tests.conftest import DATA
 from tests.trainers.test_loop import CPU, Reports
+from trainers.families import msdm
 from trainers.msdm.export import export_pipeline, export_vae
 from trainers.msdm.pipeline import MSDMPipeline
 from trainers.msdm.unet import build_unet
 from trainers.msdm.vae import build_vae
-from trainers.recipe import load_recipe
+from trainers.recipe import MSDMRecipe, load_recipe
 from trainers.run_folder import RunFolder
-from trainers.worker import open_stream, train_rank
+from trainers.worker import train_rank
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = ["msdm-medvqa-gi", "msdm-rocov2"]
@@ -55,6 +56,7 @@ def source_shards(request: pytest.FixtureRequest, small_source: Path, tmp_path: 
 def test_the_full_model_has_the_published_size(name: str) -> None:
     """The study's U-Net has 326.5 M parameters; ours, of stock diffusers blocks, is to be within a tenth of it."""
     recipe = load_recipe(str(RECIPES / f"{name}.yaml"))
+    assert isinstance(recipe, MSDMRecipe)
     with torch.device("meta"):
         vae = build_vae(recipe.vae.architecture, recipe.data.resolution)
         unet = build_unet(recipe.denoiser.architecture, latent_channels=8, latent_side=32, embedding_dim=768)
@@ -72,10 +74,11 @@ def test_it_trains_and_draws_at_reduced_depth(
         str(RECIPES / f"{name}.yaml"),
         [*REDUCED, f"data.shards={source_shards}", f"text_encoder.pretrained={text_encoder_folder}"],
     )
+    assert isinstance(recipe, MSDMRecipe)
     run = RunFolder(str(tmp_path / "run"))
     vae, denoiser = Reports(), Reports()
     assert train_rank(recipe, "vae", run, device=CPU, report=vae, resume_from=None) == 2
-    batches = next(open_stream(recipe, "train", recipe.vae.training).batches())
+    batches = next(msdm.open_stream(recipe, "vae", "train").batches())
     export_vae(recipe, vae.checkpoints[2], batches, Path(run.model("vae")))
     assert train_rank(recipe, "denoiser", run, device=CPU, report=denoiser, resume_from=None) == 2
     for reports in (vae, denoiser):

@@ -11,7 +11,7 @@ from trainers.msdm import MSDMPipeline
 from trainers.msdm.export import PIPELINE_FILE
 from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import decode_latents, set_channel_statistics, standardize
-from trainers.recipe import Recipe
+from trainers.recipe import MSDMRecipe
 
 
 def draw(pipeline: MSDMPipeline, prompts: list[str], *, guidance_scale: float = 3.5) -> Tensor:
@@ -53,7 +53,7 @@ def test_a_picture_depends_on_its_own_seed_alone(pipeline: MSDMPipeline) -> None
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm-solver++"])
-def test_every_sampler_repeats_itself(pipeline: MSDMPipeline, recipe: Recipe, scheduler: str) -> None:
+def test_every_sampler_repeats_itself(pipeline: MSDMPipeline, recipe: MSDMRecipe, scheduler: str) -> None:
     sampling = recipe.sampling.model_copy(update={"scheduler": scheduler})
     pipeline.scheduler = build_scheduler(recipe.denoiser.noise, sampling)
     first, second = draw(pipeline, ["a polyp"]), draw(pipeline, ["a polyp"])
@@ -80,7 +80,7 @@ def test_saved_and_loaded_it_draws_the_same(pipeline: MSDMPipeline, tmp_path: Pa
     assert torch.equal(draw(loaded, ["a polyp"]), before)
 
 
-def test_diffusers_alone_opens_the_folder(pipeline: MSDMPipeline, recipe: Recipe, tmp_path: Path) -> None:
+def test_diffusers_alone_opens_the_folder(pipeline: MSDMPipeline, recipe: MSDMRecipe, tmp_path: Path) -> None:
     """What registration ships: the layout that DiffusionPipeline.from_pretrained reads, with our class by name."""
     pipeline.save_pretrained(tmp_path)
     (tmp_path / "pipeline.py").write_text(PIPELINE_FILE)
@@ -89,7 +89,7 @@ def test_diffusers_alone_opens_the_folder(pipeline: MSDMPipeline, recipe: Recipe
     assert torch.equal(draw(loaded, ["a polyp"]), draw(pipeline, ["a polyp"]))
 
 
-def test_a_caption_of_two_thousand_words_is_cut(pipeline: MSDMPipeline, recipe: Recipe) -> None:
+def test_a_caption_of_two_thousand_words_is_cut(pipeline: MSDMPipeline, recipe: MSDMRecipe) -> None:
     embeds, mask = pipeline.encode_prompts(["polyp " * 2000, ""])
     assert embeds.shape == (2, recipe.text_encoder.max_tokens, 32)
     assert int(mask[0].sum()) == recipe.text_encoder.max_tokens

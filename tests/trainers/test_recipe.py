@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from cluster.errors import UserError
-from trainers.recipe import dump_recipe, load_recipe
+from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -20,6 +20,7 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(tmp_path: Path) ->
 
 def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
     recipe = load_recipe(str(recipe_file), ["denoiser.training.learning_rate=3e-4", "data.horizontal_flip=true"])
+    assert isinstance(recipe, MSDMRecipe)
     assert recipe.denoiser.training.learning_rate == 3e-4
     assert recipe.data.horizontal_flip is True
 

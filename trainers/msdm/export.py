@@ -12,14 +12,14 @@ from trainers.msdm.pipeline import MSDMPipeline
 from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler, build_unet
 from trainers.msdm.vae import TrainableVAE, build_vae, moments, set_channel_statistics
-from trainers.recipe import Recipe, dump_recipe
+from trainers.recipe import MSDMRecipe, dump_recipe
 
 # diffusers looks for this file when a folder names a pipeline class that is not its own.
 PIPELINE_FILE = '"""Opens with medsynth installed."""\n\nfrom trainers.msdm import MSDMPipeline  # noqa: F401\n'
 
 
 @torch.no_grad()
-def export_vae(recipe: Recipe, checkpoint_folder: Path, batches: Iterable[Batch], out: Path) -> None:
+def export_vae(recipe: MSDMRecipe, checkpoint_folder: Path, batches: Iterable[Batch], out: Path) -> None:
     """Save the autoencoder of a checkpoint, with its latents' statistics over the images of `batches`."""
     model = TrainableVAE(build_vae(recipe.vae.architecture, recipe.data.resolution)).eval()
     checkpoint.load_averaged_weights(checkpoint_folder, model)
@@ -32,7 +32,7 @@ def export_vae(recipe: Recipe, checkpoint_folder: Path, batches: Iterable[Batch]
     model.vae.save_pretrained(out)
 
 
-def export_pipeline(recipe: Recipe, vae_folder: Path, checkpoint_folder: Path, out: Path) -> None:
+def export_pipeline(recipe: MSDMRecipe, vae_folder: Path, checkpoint_folder: Path, out: Path) -> None:
     """Save the whole model of a denoiser checkpoint, and the recipe that made it, in `out`."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)

@@ -14,14 +14,14 @@ from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler, build_unet
 from trainers.msdm.vae import TrainableVAE, build_vae, standardize
 from trainers.objectives import AutoencoderObjective, DenoisingObjective
-from trainers.recipe import Recipe
+from trainers.recipe import MSDMRecipe
 from trainers.stage import Stage
 from trainers.timesteps import NoiseSchedule
 
 EMPTY_PROMPT = ""
 
 
-def vae_stage(recipe: Recipe, examples: Tensor, device: torch.device) -> Stage:
+def vae_stage(recipe: MSDMRecipe, examples: Tensor, device: torch.device) -> Stage:
     """Train the autoencoder; previews show `examples` [N, 3, H, W] above their reconstructions."""
     architecture = recipe.vae.architecture
     torch.manual_seed(derive_seed(recipe.seed, "vae"))
@@ -46,7 +46,7 @@ def vae_stage(recipe: Recipe, examples: Tensor, device: torch.device) -> Stage:
     )
 
 
-def denoiser_stage(recipe: Recipe, vae: AutoencoderKL, device: torch.device) -> Stage:
+def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device) -> Stage:
     """Train the U-Net on the latents of a trained `vae`; previews draw the recipe's fixed prompts."""
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
     encoders = FrozenEncoders(vae, tokenizer, text_encoder, device)

@@ -3,7 +3,7 @@
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from trainers.recipe import Noise, Sampling, UNetArchitecture
+from trainers.recipe import MSDMSampling, Noise, UNetArchitecture
 
 
 def build_unet(
@@ -26,7 +26,7 @@ def build_unet(
     )
 
 
-def build_scheduler(noise: Noise, sampling: Sampling) -> SchedulerMixin:
+def build_scheduler(noise: Noise, sampling: MSDMSampling) -> SchedulerMixin:
     """The diffusers sampler that undoes exactly the noise of training."""
     settings = {
         "num_train_timesteps": noise.num_train_timesteps,

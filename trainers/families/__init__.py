@@ -1,0 +1,47 @@
+"""Families of models: all that the loop and its launch need to know of one, as the functions of one module each.
+
+A module is read only when its family is trained: MSDM does not need DeepSpeed.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from data_shards import Manifest, ShardStream
+from trainers.engines import Engine
+from trainers.recipe import Recipe, Training
+from trainers.run_folder import RunFolder
+from trainers.stage import Stage
+
+
+class Family(Protocol):
+    """What `trainers/families/NAME.py` provides; `recipe` is that family's own."""
+
+    STAGES: tuple[str, ...]
+    """What is trained, in this order; the last one's export is the model."""
+
+    def training_of(self, recipe: Any, stage: str) -> Training:
+        """How a stage is trained."""
+        ...
+
+    def check(self, recipe: Any) -> Manifest:
+        """The manifest of the data. Raises UserError now, not after minutes, for what training will lack."""
+        ...
+
+    def open_stream(self, recipe: Any, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+        """What a stage reads."""
+        ...
+
+    def build(self, recipe: Any, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+        """A stage and the engine that trains it, on this rank of the default process group."""
+        ...
+
+    def export(self, recipe: Any, stage: str, run: RunFolder, checkpoint: Path, out: Path) -> None:
+        """Write a finished stage's checkpoint to `out` as a model in the diffusers layout."""
+        ...
+
+
+def family_of(recipe: Recipe) -> Family:
+    return cast(Family, import_module(f"trainers.families.{recipe.family}"))

@@ -1,0 +1,74 @@
+"""MSDM: the autoencoder, then the denoiser in its latents; both fit one device, so both are trained by DDP."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from cluster import storage
+from data_shards import Manifest, ShardStream
+from trainers.engines import Engine
+from trainers.engines.ddp import DDPEngine
+from trainers.msdm.export import export_pipeline, export_vae
+from trainers.msdm.stages import denoiser_stage, vae_stage
+from trainers.msdm.text_encoder import load_text_encoder
+from trainers.recipe import MSDMRecipe, Training
+from trainers.run_folder import RunFolder
+from trainers.stage import Stage
+
+STAGES = ("vae", "denoiser")
+NUM_VAE_EXAMPLES = 8
+LATENT_STATISTICS_SAMPLES = 256
+
+
+def training_of(recipe: MSDMRecipe, stage: str) -> Training:
+    return recipe.vae.training if stage == "vae" else recipe.denoiser.training
+
+
+def check(recipe: MSDMRecipe) -> Manifest:
+    manifest = Manifest.load(recipe.data.shards)
+    for split in ("train", "validation"):
+        manifest.split(split)
+    load_text_encoder(recipe.text_encoder)
+    return manifest
+
+
+def open_stream(recipe: MSDMRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+    training = training_of(recipe, stage)
+    return ShardStream(
+        recipe.data.shards,
+        split=split,
+        resolution=recipe.data.resolution,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        horizontal_flip=recipe.data.horizontal_flip,
+        num_workers=recipe.data.num_workers,
+    )
+
+
+def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+    built = _stage(recipe, stage, run, device)
+    return built, DDPEngine(built.model, training_of(recipe, stage), device)
+
+
+def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out: Path) -> None:
+    if stage == "vae":
+        steps = -(-LATENT_STATISTICS_SAMPLES // recipe.vae.training.global_batch_size)
+        batches = islice(open_stream(recipe, stage, "train").batches(), steps)
+        export_vae(recipe, checkpoint, [micro_batch for step in batches for micro_batch in step], out)
+    else:
+        with storage.local_folder(run.model("vae")) as vae:
+            export_pipeline(recipe, vae, checkpoint, out)
+
+
+def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> Stage:
+    if stage == "vae":
+        examples = islice(open_stream(recipe, stage, "validation").one_pass(NUM_VAE_EXAMPLES), 1)
+        return vae_stage(recipe, torch.cat([batch.images for batch in examples]), device)
+    with storage.local_folder(run.model("vae")) as folder:
+        vae = AutoencoderKL.from_pretrained(folder)
+    return denoiser_stage(recipe, vae, device)

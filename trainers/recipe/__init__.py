@@ -1,0 +1,137 @@
+"""The recipe: one YAML file is one experiment, complete and readable alone.
+
+Nothing is looked up anywhere else: a recipe together with the shards it names repeats a run. `family` says which
+model is trained and so which keys there are; a recipe without it is MSDM's.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cluster import storage
+from cluster.errors import UserError, nearest
+from trainers.recipe.blocks import PLACE, WEIGHTS, Block, Cluster, Data, Tracking, Training
+from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
+from trainers.recipe.msdm import (
+    DenoiserStage,
+    MSDMRecipe,
+    MSDMSampling,
+    Noise,
+    TextEncoder,
+    UNetArchitecture,
+    VAEArchitecture,
+    VAEStage,
+)
+
+__all__ = [
+    "Block",
+    "Cluster",
+    "Data",
+    "DenoiserStage",
+    "FlowNoise",
+    "FluxRecipe",
+    "FluxSampling",
+    "FluxTransformer",
+    "LoRA",
+    "MSDMRecipe",
+    "MSDMSampling",
+    "Noise",
+    "Recipe",
+    "TextEncoder",
+    "Tracking",
+    "Training",
+    "UNetArchitecture",
+    "VAEArchitecture",
+    "VAEStage",
+    "at_absolute_paths",
+    "dump_recipe",
+    "load_recipe",
+]
+
+B = TypeVar("B", bound=Block)
+Recipe = MSDMRecipe | FluxRecipe
+FAMILIES: dict[str, type[MSDMRecipe] | type[FluxRecipe]] = {"msdm": MSDMRecipe, "flux": FluxRecipe}
+
+
+def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a file or s3:// URI and apply `a.b=value` overrides, values being YAML.
+
+    Raises UserError that names the key at fault, what is allowed, and the nearest key.
+    """
+    try:
+        document = yaml.safe_load(storage.read_bytes(uri))
+    except yaml.YAMLError as error:
+        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{uri} holds no recipe: expected keys such as 'name' and 'data' at its top level")
+    for override in overrides:
+        _apply_override(document, override)
+    family = document.get("family", "msdm")
+    if family not in FAMILIES:
+        raise UserError(f"{uri}: family: '{family}' is unknown, there are {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[family].model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{uri}: " + "; ".join(_explain(error, FAMILIES[family]))) from None
+
+
+def at_absolute_paths(block: B) -> B:
+    """The block with every local path in it made absolute: workers have working folders of their own."""
+    changed: dict[str, Any] = {}
+    for name, field in type(block).model_fields.items():
+        value = getattr(block, name)
+        if isinstance(value, Block):
+            changed[name] = at_absolute_paths(value)
+        elif PLACE in field.metadata or (WEIGHTS in field.metadata and Path(value).is_dir()):
+            changed[name] = storage.absolute(value)
+    return block.model_copy(update=changed)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: write it as key=value, for example data.resolution=64")
+    *parents, last = path.split(".")
+    block = document
+    for parent in parents:
+        block = block.setdefault(parent, {})
+        if not isinstance(block, dict):
+            raise UserError(f"--set {override}: '{parent}' is a value, not a block of keys")
+    try:
+        block[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML") from None
+
+
+def _explain(error: ValidationError, recipe: type[BaseModel]) -> Iterator[str]:
+    """One sentence for each problem, with the dotted key first."""
+    for problem in error.errors():
+        *parents, last = [str(part) for part in problem["loc"]] or [""]
+        key = ".".join([*parents, last])
+        if problem["type"] == "extra_forbidden":
+            allowed = _keys_at(parents, recipe)
+            guess = nearest(last, allowed)
+            hint = f"did you mean '{guess}'? " if guess else ""
+            yield f"unknown key '{key}': {hint}allowed here: {', '.join(allowed)}"
+        elif problem["type"] == "missing":
+            yield f"missing key '{key}'"
+        elif problem["type"] == "value_error":
+            yield (f"{key}: " if key else "") + str(problem["ctx"]["error"])
+        else:
+            yield f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def _keys_at(path: Sequence[str], block: type[BaseModel]) -> list[str]:
+    """The keys allowed in the block at `path` below `block`."""
+    for name in path:
+        annotation = block.model_fields[name].annotation
+        block = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(block.model_fields)

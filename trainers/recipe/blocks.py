@@ -1,0 +1,99 @@
+"""Blocks that the recipes of every family share."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Marks of keys that hold paths: a place is a folder or s3:// prefix; weights may also be a hub id or a package's.
+PLACE = "place"
+WEIGHTS = "weights"
+Place = Annotated[str, PLACE]
+Weights = Annotated[str, WEIGHTS]
+
+
+class Block(BaseModel):
+    """Base of all recipe blocks: unknown keys are errors, values never change, docstrings are the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Block):
+    shards: Place
+    """Folder or s3:// prefix that holds the shards and their manifest.json."""
+    resolution: int = Field(gt=0, multiple_of=8)
+    """Side in pixels; images are scaled to their shorter side and cropped to the centre."""
+    horizontal_flip: bool = False
+    """Mirror half of the images. Leave off where captions say left or right."""
+    num_workers: int = Field(default=1, ge=0)
+    """Decoding threads per rank; 0 decodes in the training thread."""
+
+
+class Training(Block):
+    steps: int = Field(gt=0)
+    """Optimizer steps; samples seen = steps x global_batch_size."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step over all ranks; the run is the same at any world size."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples per rank and forward pass; gradient accumulation follows from it."""
+    learning_rate: float = Field(gt=0)
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or a half cosine down to zero at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Ceiling of the moving average's decay, which is ramped as (1 + step) / (10 + step)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward passes under autocast; weights, gradients and optimizer states stay fp32."""
+    log_every_steps: int = Field(default=50, gt=0)
+    validate_every_steps: int = Field(default=500, gt=0)
+    preview_every_steps: int = Field(default=500, gt=0)
+    checkpoint_every_steps: int = Field(default=500, gt=0)
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class Cluster(Block):
+    num_workers: int = Field(default=1, gt=0)
+    """Training processes (ranks)."""
+    cpus_per_worker: int = Field(default=1, gt=0)
+    use_gpu: bool = False
+    storage: Place = "runs"
+    """Folder or s3:// prefix under which each run has its own folder."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts from the latest checkpoint before the run gives up."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+
+
+class Tracking(Block):
+    experiment: str = "medsynth"
+    artifact_location: str | None = None
+    """Where MLflow keeps artifacts; none leaves it to the MLflow server."""
+    register_as: str | None = None
+    """Name of the registered model that the result becomes a version of."""
+
+
+class BaseRecipe(Block):
+    """What every experiment has; each family adds its models and how they are trained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    def check_batches(self, training: Training) -> None:
+        """Raise ValueError unless the global batch can be dealt out to all workers in whole micro-batches."""
+        per_pass = training.micro_batch_size * self.cluster.num_workers
+        if training.global_batch_size % per_pass:
+            raise ValueError(
+                f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x {self.cluster.num_workers} workers"
+            )
