@@ -6,9 +6,10 @@ Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,15 @@ def upload_folder(folder: Path, uri: str) -> None:
         list(pool.map(lambda name: upload_file(folder / name, join(uri, name)), names))
 
 
-def download_folder(uri: str, folder: Path) -> None:
-    """Copy every file below `uri` into `folder`. Raises NotFoundError if there is none."""
-    names = list_files(uri)
-    if not names:
+def download_folder(uri: str, folder: Path, patterns: Sequence[str] = ("*",)) -> None:
+    """Copy the files below `uri` whose names match a pattern (`*` matches slashes too) into `folder`.
+
+    Raises NotFoundError if there is no file at all, matching or not.
+    """
+    found = list_files(uri)
+    if not found:
         raise NotFoundError(f"nothing is at {uri}")
+    names = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
     root = folder.resolve()
 
     def download(name: str) -> None:

@@ -36,6 +36,23 @@ class ShardEntry(BaseModel):
         return len(self.samples)
 
 
+class Precomputed(BaseModel):
+    """What a set of encoder outputs was made of. If any of it changes, the set is stale."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source_digest: str
+    """Digest of the shards of images, whose samples and order this set keeps."""
+    components: dict[str, str]
+    """Digests of the VAE, the text encoders and the tokenizers, by their names in the diffusers layout."""
+    resolution: int
+    max_tokens: int
+    horizontal_flip: bool
+    """Whether each image's mirror image was encoded too."""
+    dtypes: dict[str, str]
+    """How moments and prompt embeddings are stored, and in what the text encoders computed."""
+
+
 class Manifest(BaseModel):
     """Written last, so shards with a manifest are whole."""
 
@@ -57,6 +74,8 @@ class Manifest(BaseModel):
     conversions: dict[str, int]
     """Number of images that were converted, by what they had been."""
     shards: tuple[ShardEntry, ...]
+    precomputed: Precomputed | None = None
+    """Present if the shards hold latent moments instead of images."""
 
     @classmethod
     def load(cls, shards_uri: str) -> "Manifest":
@@ -81,6 +100,11 @@ class Manifest(BaseModel):
         """SHA-256 over the shards' names, splits and SHA-256: equal for equal samples in equal order."""
         content = [[shard.name, shard.split, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def order_digest(self) -> str:
+        """What the order of samples follows from: a precomputed set is read in the order of its source."""
+        return self.precomputed.source_digest if self.precomputed else self.digest
 
     @property
     def splits(self) -> list[str]:

@@ -5,6 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Members of a sample by their ending, after KEY and a dot. Precomputed members are NumPy arrays of float32 [2C, h, w],
+# which WebDataset's own decoder reads.
+IMAGE_MEMBERS = ("jpg", "png")
+ABOUT_MEMBER = "json"
+MOMENTS_MEMBER = "moments.npy"
+MIRRORED_MOMENTS_MEMBER = "mirrored.npy"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -26,8 +33,8 @@ class Record:
 class Batch:
     """Decoded samples, in the order of the plan."""
 
-    images: Tensor
-    """float32 [B, 3, H, W] in [-1, 1]."""
+    inputs: Tensor
+    """float32 [B, ...]: `images` of plain shards, `moments` of a precomputed set."""
     captions: list[str]
     """One for each sample, drawn from its captions."""
     keys: list[str]
@@ -36,6 +43,19 @@ class Batch:
     """Which images are mirrored."""
     seeds: list[int]
     """A 63-bit seed for each sample and epoch, from which all its random draws follow."""
+    is_precomputed: bool = False
+
+    @property
+    def images(self) -> Tensor:
+        """float32 [B, 3, H, W] in [-1, 1]."""
+        assert not self.is_precomputed, "a precomputed set holds no images, only their moments"
+        return self.inputs
+
+    @property
+    def moments(self) -> Tensor:
+        """float32 [B, 2C, h, w]: the VAE posterior's means, then its log-variances."""
+        assert self.is_precomputed, "plain shards hold no moments: precompute them"
+        return self.inputs
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -1,6 +1,8 @@
 """From shards to batches: a chain of small stages, each a generator or a plain function.
 
-plan -> windows (one ranged read for each stretch) -> samples (checked, expanded) -> decoded -> batches
+plan -> windows (one ranged read for each stretch) -> samples (checked, expanded) -> opened -> batches
+
+Shards of images and precomputed sets, which hold latent moments in their place, are streamed alike.
 """
 
 import io
@@ -9,13 +11,15 @@ import logging
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -23,9 +27,16 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
-from data_shards.manifest import Manifest, ShardEntry
+from data_shards.manifest import Manifest, Precomputed, ShardEntry
 from data_shards.plan import Place, Plan, Stretch
-from data_shards.sample import Batch, derive_seed
+from data_shards.sample import (
+    ABOUT_MEMBER,
+    IMAGE_MEMBERS,
+    MIRRORED_MOMENTS_MEMBER,
+    MOMENTS_MEMBER,
+    Batch,
+    derive_seed,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -34,7 +45,6 @@ WINDOW_SIZE = 64  # samples; a rank holds two windows for each sample of its sha
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
-IMAGE_MEMBERS = ("jpg", "png")
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,13 @@ class Encoded:
 
     index: int
     key: str
-    image: bytes
+    members: Mapping[str, bytes]
+    """By ending, as in `data_shards.sample`."""
     captions: list[str]
+
+
+Open = Callable[[Encoded, bool], Tensor]
+"""(sample, mirrored) -> what a batch holds of it. Raises ImageError if the sample cannot be used."""
 
 
 class ShardStream:
@@ -77,18 +92,19 @@ class ShardStream:
         self.replaced = 0
         """Samples that could not be decoded and gave their place to another."""
         self._uri = shards_uri
+        self._is_precomputed = manifest.precomputed is not None
+        self._open = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
         self._shards = manifest.split(split)
         self._first_index = [0]
         for shard in self._shards:
             self._first_index.append(self._first_index[-1] + shard.num_samples)
         self._plan = Plan(
             counts=tuple(shard.num_samples for shard in self._shards),
-            digest=manifest.digest,
+            digest=manifest.order_digest,
             seed=seed,
             global_batch_size=global_batch_size,
             window_size=WINDOW_SIZE,
         )
-        self._resolution = resolution
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._rank, self._world_size = rank, world_size
@@ -111,24 +127,24 @@ class ShardStream:
         """
         first, last = (self.num_samples * rank // self._world_size for rank in (self._rank, self._rank + 1))
         for start in range(first, last, micro_batch_size):
-            decoded = []
+            opened = []
             for stretch in self._stretches(start, min(start + micro_batch_size, last)):
                 for sample in self.read(stretch):
                     with suppress(ImageError):
-                        decoded.append((sample, decode(sample.image, self._resolution)))
-            if decoded:
-                seeds = [derive_seed(self._seed, "one pass", sample.index) for sample, _ in decoded]
-                yield _batch(decoded, seeds, flip=False)
+                        opened.append((sample, self._open(sample, False)))
+            if opened:
+                seeds = [derive_seed(self._seed, "one pass", sample.index) for sample, _ in opened]
+                yield self._batch(opened, seeds, [False] * len(opened))
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
         share = self._plan.global_batch_size // self._world_size
         slots = range(self._rank * share, (self._rank + 1) * share)
         with (
             ThreadPoolExecutor(FETCH_THREADS) as fetchers,
-            ThreadPoolExecutor(max(1, self._num_workers)) as decoders,
+            ThreadPoolExecutor(max(1, self._num_workers)) as openers,
         ):
             windows = _Windows(self, fetchers)
-            decode_all = decoders.map if self._num_workers else map
+            open_all = openers.map if self._num_workers else map
             for step in count(start_step):
                 places = [self._plan.place(step, slot) for slot in slots]
                 samples = [windows.sample_at(place) for place in places]
@@ -136,21 +152,19 @@ class ShardStream:
                     derive_seed(self._seed, place.epoch, sample.index)
                     for place, sample in zip(places, samples, strict=True)
                 ]
-                decoded = list(decode_all(self._decode, samples))
-                size = self._micro_batch_size
-                yield [
-                    _batch(decoded[at : at + size], seeds[at : at + size], flip=self._horizontal_flip)
-                    for at in range(0, share, size)
-                ]
+                flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
+                opened = list(open_all(self._open_or_replace, samples, flipped))
+                parts = [slice(at, at + self._micro_batch_size) for at in range(0, share, self._micro_batch_size)]
+                yield [self._batch(opened[part], seeds[part], flipped[part]) for part in parts]
 
-    def _decode(self, sample: Encoded) -> tuple[Encoded, Tensor]:
-        """The sample with its image, or the next one of its shard that can be decoded in its place.
+    def _open_or_replace(self, sample: Encoded, mirrored: bool) -> tuple[Encoded, Tensor]:
+        """The sample and what is in it, or the next one of its shard that can be opened in its place.
 
         Raises UserError if MAX_BAD_IN_A_ROW samples cannot.
         """
         for candidate in self._from(sample):
             try:
-                return candidate, decode(candidate.image, self._resolution)
+                return candidate, self._open(candidate, mirrored)
             except ImageError as error:
                 self.replaced += 1
                 logger.warning("sample %s of %s left out: %s", candidate.key, self._uri, error)
@@ -177,19 +191,21 @@ class ShardStream:
         Raises UserError naming the shard and the sample if the bytes are not those of the manifest.
         """
         shard = self._shards[stretch.shard]
-        entries = shard.samples[stretch.start : stretch.stop]
-        uri = storage.join(self._uri, shard.name)
-        begin = entries[0].offset
-        data = storage.read_bytes(uri, begin, entries[-1].offset + entries[-1].length - begin)
-        for entry in entries:
-            found = zlib.crc32(data[entry.offset - begin : entry.offset - begin + entry.length])
-            if found != entry.crc32:
-                raise UserError(
-                    f"{uri} is damaged at sample '{entry.key}': CRC-32 {found:08x}, the manifest says "
-                    f"{entry.crc32:08x}; write the shards again, or fetch them again"
-                )
         first = self._first_index[stretch.shard] + stretch.start
-        return [_encoded(first + i, members) for i, members in enumerate(_expand(data, uri))]
+        return read_samples(self._uri, shard, stretch.start, stretch.stop, first_index=first)
+
+    def _batch(self, opened: Sequence[tuple[Encoded, Tensor]], seeds: list[int], flipped: list[bool]) -> Batch:
+        return Batch(
+            inputs=torch.stack([tensor for _, tensor in opened]),
+            captions=[
+                sample.captions[derive_seed(seed, "caption") % len(sample.captions)]
+                for (sample, _), seed in zip(opened, seeds, strict=True)
+            ],
+            keys=[sample.key for sample, _ in opened],
+            flipped=flipped,
+            seeds=seeds,
+            is_precomputed=self._is_precomputed,
+        )
 
     def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """The stretches of shards under samples [start, stop) in the manifest's order."""
@@ -236,31 +252,34 @@ class _Windows:
         return [samples[i] for i in window.order]
 
 
-def _batch(decoded: Sequence[tuple[Encoded, Tensor]], seeds: Sequence[int], *, flip: bool) -> Batch:
-    flipped = [flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
-    return Batch(
-        images=torch.stack(
-            [image.flip(-1) if mirror else image for (_, image), mirror in zip(decoded, flipped, strict=True)]
-        ),
-        captions=[
-            sample.captions[derive_seed(seed, "caption") % len(sample.captions)]
-            for (sample, _), seed in zip(decoded, seeds, strict=True)
-        ],
-        keys=[sample.key for sample, _ in decoded],
-        flipped=flipped,
-        seeds=list(seeds),
-    )
+def _opener(uri: str, precomputed: Precomputed | None, resolution: int, horizontal_flip: bool) -> Open:
+    """How samples are opened. Raises UserError if a precomputed set is not of this resolution, or lacks flips."""
+    if precomputed is None:
+        return partial(_image, resolution=resolution)
+    if precomputed.resolution != resolution:
+        raise UserError(f"{uri} was precomputed at resolution {precomputed.resolution}, not {resolution}")
+    if horizontal_flip and not precomputed.horizontal_flip:
+        raise UserError(f"{uri} was precomputed without mirror images, which horizontal_flip asks for")
+    return _moments
+
+
+def _image(sample: Encoded, mirrored: bool, *, resolution: int) -> Tensor:
+    image = decode(next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members), resolution)
+    return image.flip(-1) if mirrored else image
+
+
+def _moments(sample: Encoded, mirrored: bool) -> Tensor:
+    try:
+        data = sample.members[MIRRORED_MOMENTS_MEMBER if mirrored else MOMENTS_MEMBER]
+    except KeyError:
+        raise ImageError("its image could not be decoded when the set was precomputed") from None
+    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
 
 
 def _expand(data: bytes, uri: str) -> Iterator[dict[str, Any]]:
     """Samples as WebDataset reads them: one dictionary of members by extension for each key."""
     members: Iterator[dict[str, Any]] = group_by_keys(tar_file_expander([{"url": uri, "stream": io.BytesIO(data)}]))
     return members
-
-
-def _encoded(index: int, members: dict[str, Any]) -> Encoded:
-    image = next(members[name] for name in IMAGE_MEMBERS if name in members)
-    return Encoded(index, members["__key__"], image, json.loads(members["json"])["captions"])
 
 
 def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -273,8 +292,25 @@ def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def read_samples(shards_uri: str, shard: ShardEntry) -> Iterator[Encoded]:
-    """The samples of one shard, as they are, for those who look at shards."""
+def read_samples(
+    shards_uri: str, shard: ShardEntry, start: int = 0, stop: int | None = None, *, first_index: int = 0
+) -> list[Encoded]:
+    """Samples [start, stop) of a shard as they are, by one ranged read; the first gets the index `first_index`.
+
+    Raises UserError naming the shard and the sample if the bytes are not those of the manifest.
+    """
+    entries = shard.samples[start:stop]
     uri = storage.join(shards_uri, shard.name)
-    for index, members in enumerate(_expand(storage.read_bytes(uri), uri)):
-        yield _encoded(index, members)
+    begin = entries[0].offset
+    data = storage.read_bytes(uri, begin, entries[-1].offset + entries[-1].length - begin)
+    for entry in entries:
+        found = zlib.crc32(data[entry.offset - begin : entry.offset - begin + entry.length])
+        if found != entry.crc32:
+            raise UserError(
+                f"{uri} is damaged at sample '{entry.key}': CRC-32 {found:08x}, the manifest says "
+                f"{entry.crc32:08x}; write the shards again, or fetch them again"
+            )
+    return [
+        Encoded(first_index + i, members["__key__"], members, json.loads(members[ABOUT_MEMBER])["captions"])
+        for i, members in enumerate(_expand(data, uri))
+    ]

@@ -122,27 +122,32 @@ def write_shards(
 
 def write_shard(piece: Piece, out: str, resize: int | None) -> ShardEntry:
     """Write one shard, whole or not at all, and describe it; if the very bytes are there already, only describe it."""
+    return write_tar((_members(sample, resize) for sample in piece.samples), out, name=piece.name, split=piece.split)
+
+
+def write_tar(samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: str, split: str) -> ShardEntry:
+    """Write samples, each its `__key__` and its members by ending, as `write_shard` does."""
     entries: list[SampleEntry] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / piece.name
+        path = Path(folder) / name
         with path.open("w+b") as file:
             # Fixed owner and time: the same samples give the same bytes.
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-                for sample in piece.samples:
+                for sample in samples:
                     start = tar.tarstream.offset
-                    tar.write(_members(sample, resize))
-                    entries.append(SampleEntry(sample.key, start, tar.tarstream.offset - start, 0))
+                    tar.write(sample)
+                    entries.append(SampleEntry(str(sample["__key__"]), start, tar.tarstream.offset - start, 0))
             entries = [_with_crc(entry, file) for entry in entries]
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shard = ShardEntry(
-            name=piece.name,
-            split=piece.split,
+            name=name,
+            split=split,
             num_bytes=path.stat().st_size,
             sha256=sha256,
             samples=tuple(entries),
         )
-        uri = storage.join(out, piece.name)
+        uri = storage.join(out, name)
         if not (storage.exists(uri) and storage.size(uri) == shard.num_bytes and digest_of(uri) == sha256):
             storage.upload_file(path, uri)
     return shard
