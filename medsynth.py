@@ -23,8 +23,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(shards, name="shards", help="Turn a data set into shards, and look at them.")
+shards.command()(trainers.precompute)
 app.command()(trainers.train)
 app.command()(trainers.generate)
+app.command()(trainers.plan)
+app.command()(trainers.export)
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """The commands `medsynth shards write|inspect|verify`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import PurePosixPath
 from statistics import median
@@ -10,11 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.progress import progress_lines
 from data_shards.manifest import Manifest, ShardEntry
 from data_shards.sample import Record
 from data_shards.sources import Columns, medvqa_records, roco_records, table_records
@@ -25,7 +24,6 @@ app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
 
 DEFAULT_SPLITS = ("train=0.8", "validation=0.1", "test=0.1")
-PLAIN_LINES = 4  # progress lines of a log, where there is no terminal
 
 
 class Format(StrEnum):
@@ -79,7 +77,7 @@ def write(
         resize=resize,
         max_quarantined=max_quarantined,
     )
-    with _progress() as on_progress:
+    with progress_lines(console) as on_progress:
         manifest = write_shards(
             records,
             out,
@@ -154,7 +152,7 @@ def verify(
         return None if found == shard.sha256 else f"{shard.name}: SHA-256 {found}, the manifest says {shard.sha256}"
 
     faults: list[str] = []
-    with _progress() as on_progress, ThreadPoolExecutor(num_workers) as pool:
+    with progress_lines(console) as on_progress, ThreadPoolExecutor(num_workers) as pool:
         for done, found in enumerate(pool.map(fault, manifest.shards), start=1):
             on_progress("verifying", done, len(manifest.shards))
             faults += [found] if found else []
@@ -177,21 +175,3 @@ def _splits(options: Sequence[str]) -> dict[str, float]:
         if not name.isidentifier() or not 0 < shares[name] < float("inf"):
             raise UserError(f"--split {option}: a name and a share above 0 are needed, for example train=0.8")
     return shares
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Report progress as a bar on a terminal, as a few lines in a log."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if not console.is_terminal:
-                if done == total or done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total:
-                    console.print(f"{what}: {done}/{total}")
-                return
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield show

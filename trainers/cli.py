@@ -1,8 +1,9 @@
-"""The commands `medsynth train` and `medsynth generate`."""
+"""The commands `medsynth train`, `generate`, `plan`, `export` and `shards precompute`."""
 
 import shlex
 import signal
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,19 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from trainers.recipe import load_recipe
+from cluster.errors import UserError
+from cluster.progress import progress_lines
+from trainers.recipe import FluxRecipe, load_recipe
 from trainers.watch import Watch, summarize
 
 console = Console(highlight=False)
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    EMA = "ema"
+    LAST = "weights"
 
 
 def train(
@@ -64,7 +74,13 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="Weight of the prompt; 1 is none. Default: the model's own.")
+        float | None,
+        typer.Option(
+            min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."
+        ),
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(min=1, help="FLUX: weight of the prompt against the negative one; 1 is none.")
     ] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
@@ -80,19 +96,97 @@ def generate(
     """
     from trainers.generate import generate as draw
 
+    asked = {
+        "negative_prompt": negative_prompt or None,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "num_inference_steps": num_inference_steps,
+    }
     with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Drawing", total=num_images)
         paths = draw(
             model,
             prompt,
             out,
-            negative_prompt=negative_prompt,
             num_images=num_images,
             batch_size=batch_size,
             seed=seed,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
+            settings={name: value for name, value in asked.items() if value is not None},
             device=device,
             on_progress=lambda done: bar.update(task, completed=done),
         )
     console.print(f"{len(paths)} pictures in {out}: {paths[0].name} to {paths[-1].name}")
+
+
+def precompute(
+    recipe: Annotated[str, typer.Argument(help="FLUX recipe: a YAML file or s3:// URI.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key: a.b=value.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images and captions encoded at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+) -> None:
+    """Encode a recipe's images and captions once, so that training needs no encoder.
+
+    medsynth shards precompute recipes/flux-full-8gpu.yaml --set data.shards=my-shards
+    """
+    loaded = _flux_recipe(recipe, overrides, "shards precompute")
+    from data_shards.precompute import precompute as encode
+
+    with progress_lines(console) as on_progress:
+        manifest = encode(
+            loaded.data.shards,
+            loaded.data.precomputed,
+            pretrained=loaded.pretrained,
+            resolution=loaded.data.resolution,
+            max_tokens=loaded.max_tokens,
+            horizontal_flip=loaded.data.horizontal_flip,
+            extra_prompts=loaded.sampling.prompts,
+            batch_size=batch_size,
+            device=device,
+            on_progress=on_progress,
+        )
+    total = sum(shard.num_samples for shard in manifest.shards)
+    console.print(f"{total} samples at {loaded.data.precomputed}, digest {manifest.digest[:12]}", soft_wrap=True)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="FLUX recipe: a YAML file or s3:// URI.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which; --gpu help lists them.")] = "h200",
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour, for the cost of the run.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key: a.b=value.")] = None,
+) -> None:
+    """Say what a FLUX run will take in memory, time and money, before any GPU is taken.
+
+    medsynth plan recipes/flux-full-8gpu.yaml --gpus 8 --gpu h200 --price 4
+    """
+    from trainers.plan import gpu_named, plan_flux, render
+
+    loaded = _flux_recipe(recipe, overrides, "plan")
+    render(plan_flux(loaded, num_gpus=gpus, gpu=gpu_named(gpu), price_per_gpu_hour=price), console)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the run, such as runs/NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint. Default: the latest.")] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="ema: the moving average. weights: the last.")
+    ] = Weights.EMA,
+) -> None:
+    """Write a FLUX checkpoint as a model that FluxPipeline opens, without ever holding all of it in memory.
+
+    medsynth export runs/flux-1 --step 2000 --out flux-2000
+    """
+    from trainers.export import export_checkpoint
+
+    found = export_checkpoint(run, out, step=step, weights=weights.value)
+    console.print(
+        f"Checkpoint of step {found} as {out}; draw: medsynth generate --model {out} --prompt ...", soft_wrap=True
+    )
+
+
+def _flux_recipe(uri: str, overrides: list[str] | None, command: str) -> FluxRecipe:
+    loaded = load_recipe(uri, overrides or [])
+    if not isinstance(loaded, FluxRecipe):
+        raise UserError(f"medsynth {command} is for FLUX; {uri} is of family {loaded.family}")
+    return loaded

@@ -1,31 +1,57 @@
-"""From a saved model to PNG files."""
+"""From a saved model to PNG files, for every family."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from cluster.weights import local_weights
+from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from cluster.errors import UserError
 from cluster.tracking import model_folder
 from data_shards import derive_seed
 from trainers.msdm import MSDMPipeline
 
+RECIPE = "recipe.yaml"
+ADAPTERS = "pytorch_lora_weights.safetensors"
+PIPELINES: dict[str, type[DiffusionPipeline]] = {"MSDMPipeline": MSDMPipeline, "FluxPipeline": FluxPipeline}
 
-def load_pipeline(model_uri: str, device: str | None = None) -> MSDMPipeline:
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline and how it draws unless it is told otherwise."""
+
+    pipeline: DiffusionPipeline
+    defaults: Mapping[str, Any]
+
+
+def load_model(model_uri: str, device: str | None = None) -> Model:
     """Open a model on `device`, or on a GPU if there is one; `model_uri` as in cluster.tracking.model_folder.
 
-    Raises UserError when there is no such model or it is none of ours.
+    Raises UserError when there is no such model or it is of no known kind.
     """
+    diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
+    precision = {"torch_dtype": torch.float32 if device == "cpu" else torch.bfloat16}
     with model_folder(model_uri) as folder:
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{model_uri} holds no diffusers pipeline: model_index.json is not there")
-        diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
-        pipeline = MSDMPipeline.from_pretrained(folder)
+        recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
+        if (folder / ADAPTERS).is_file() and recipe is not None:
+            with local_weights(recipe["pretrained"]) as base:
+                pipeline = FluxPipeline.from_pretrained(base, **precision)
+            pipeline.load_lora_weights(folder)
+        else:
+            kind = _pipeline_class(folder, model_uri)
+            pipeline = kind.from_pretrained(folder, **(precision if kind is FluxPipeline else {}))
     pipeline.set_progress_bar_config(disable=True)
-    placed: MSDMPipeline = pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return placed
+    defaults = _flux_defaults(recipe) if isinstance(pipeline, FluxPipeline) else _msdm_defaults(pipeline)
+    return Model(pipeline.to(device), defaults)
 
 
 def generate(
@@ -33,51 +59,102 @@ def generate(
     prompt: str,
     out: Path,
     *,
-    negative_prompt: str = "",
     num_images: int,
     batch_size: int,
     seed: int,
-    guidance_scale: float | None,
-    num_inference_steps: int | None,
     device: str | None,
+    settings: Mapping[str, Any],
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
-    Picture i depends on (seed, i) alone. Each file carries what made it in its text fields.
+    Picture i depends on (seed, i) alone. Each file carries what made it in its text fields. `settings` are
+    negative_prompt, guidance_scale, true_cfg_scale and num_inference_steps, as far as they are not the model's own.
+
+    Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
+    _check_writable(out)
+    model = load_model(model_uri, device)
+    arguments = {**model.defaults, **settings}
+    if unknown := sorted(arguments.keys() - model.defaults.keys()):
+        raise UserError(f"{model_uri} is not drawn with {', '.join(unknown)}: it knows {', '.join(model.defaults)}")
+    about = {
+        "Software": "medsynth",
+        "Description": "Synthetic image, made by a generative model",
+        "model": model_uri,
+        "prompt": prompt,
+        "seed": str(seed),
+        **{name: str(value) for name, value in arguments.items()},
+    }
+    written: list[Path] = []
+    for start in range(0, num_images, batch_size):
+        numbers = range(start, min(start + batch_size, num_images))
+        drawn = model.pipeline(
+            [prompt] * len(numbers),
+            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(numbers)},
+            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", i)) for i in numbers],
+        )
+        for number, image in zip(numbers, drawn.images, strict=True):
+            written.append(out / f"{number:04d}.png")
+            _save(image, written[-1], about | {"number": str(number)})
+        on_progress(len(written))
+    return written
+
+
+def _pipeline_class(folder: Path, model_uri: str) -> type[DiffusionPipeline]:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{model_uri} holds no diffusers pipeline: model_index.json is not there")
+    name = json.loads(index.read_text())["_class_name"]
+    name = name[-1] if isinstance(name, list) else name  # [file, class] where a pipeline brings its own code
+    if name not in PIPELINES:
+        raise UserError(f"{model_uri} holds a {name}; known are {', '.join(PIPELINES)}")
+    return PIPELINES[name]
+
+
+def _msdm_defaults(pipeline: MSDMPipeline) -> dict[str, Any]:
+    return {
+        "negative_prompt": "",
+        "guidance_scale": pipeline.config.default_guidance_scale,
+        "num_inference_steps": pipeline.config.default_num_inference_steps,
+    }
+
+
+def _flux_defaults(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """Of the recipe that made the model; without one, what FLUX.1-dev's authors advise."""
+    if recipe is None:
+        return {
+            "negative_prompt": "",
+            "guidance_scale": 3.5,
+            "true_cfg_scale": 1.0,
+            "num_inference_steps": 28,
+            "height": 1024,
+            "width": 1024,
+            "max_sequence_length": 512,
+        }
+    sampling, resolution = recipe["sampling"], recipe["data"]["resolution"]
+    return {
+        "negative_prompt": "",
+        "guidance_scale": sampling["guidance_scale"],
+        "true_cfg_scale": sampling["true_cfg_scale"],
+        "num_inference_steps": sampling["num_inference_steps"],
+        "height": resolution,
+        "width": resolution,
+        "max_sequence_length": recipe["max_tokens"],
+    }
+
+
+def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    pipeline = load_pipeline(model_uri, device)
-    settings = {
-        "Software": "medsynth",
-        "Description": "Synthetic image, made by a generative model",
-        "model": model_uri,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "guidance_scale": str(guidance_scale if guidance_scale is not None else pipeline.config.default_guidance_scale),
-        "num_inference_steps": str(num_inference_steps or pipeline.config.default_num_inference_steps),
-    }
-    written: list[Path] = []
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        drawn = pipeline(
-            [prompt] * len(numbers),
-            negative_prompt=negative_prompt,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", i)) for i in numbers],
-        )
-        for number, image in zip(numbers, drawn.images, strict=True):
-            about = PngImagePlugin.PngInfo()
-            for key, value in (settings | {"seed": str(seed), "number": str(number)}).items():
-                about.add_itxt(key, value)
-            path = out / f"{number:04d}.png"
-            image.save(path, pnginfo=about)
-            written.append(path)
-        on_progress(len(written))
-    return written
+
+
+def _save(image: Image.Image, path: Path, about: Mapping[str, str]) -> None:
+    png_info = PngImagePlugin.PngInfo()
+    for key, value in about.items():
+        png_info.add_itxt(key, value)
+    image.save(path, pnginfo=png_info)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from trainers.flux.packing import image_ids, pack, prompt_ids
 from trainers.timesteps import NoiseSchedule
 
 
@@ -64,3 +65,45 @@ class DenoisingObjective:
             return torch.ones_like(snr)
         capped = snr.clamp(max=self.min_snr_gamma)
         return capped / snr if self.prediction_type == "epsilon" else capped / (snr + 1)
+
+
+@dataclass(frozen=True)
+class RectifiedFlowObjective:
+    """Predict the velocity of the straight path from latents to noise (Liu et al. 2022, arXiv 2209.03003, Eq. 1).
+
+    x_sigma = (1 - sigma) x_0 + sigma noise, with target  d x_sigma / d sigma = noise - x_0.
+    """
+
+    def __call__(
+        self,
+        transformer: nn.Module,
+        *,
+        latents: Tensor,
+        noise: Tensor,
+        sigmas: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """Losses [B], float32.
+
+        latents and noise [B, C, h, w] and sigmas [B] are float32; prompt_embeds [B, L, D] and pooled_prompt_embeds
+        [B, P] are in the transformer's precision, which the noisy latents take on; guidance [B], or None for a
+        transformer that is told none (schnell).
+        """
+        sigma = sigmas.view(-1, 1, 1, 1)
+        noisy_latents = (1 - sigma) * latents + sigma * noise
+        target = noise - latents
+        height, width = latents.shape[2:]
+        prediction = transformer(
+            hidden_states=pack(noisy_latents).to(prompt_embeds.dtype),
+            timestep=sigmas.to(prompt_embeds.dtype),
+            guidance=guidance,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled_prompt_embeds,
+            txt_ids=prompt_ids(prompt_embeds.shape[1], prompt_embeds),
+            img_ids=image_ids(height, width, prompt_embeds),
+            return_dict=False,
+        )[0]
+        losses: Tensor = (prediction.float() - pack(target)).square().mean(dim=(1, 2))
+        return losses

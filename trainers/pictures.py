@@ -17,3 +17,9 @@ def grid(pixels: Tensor, columns: int = 8) -> Image.Image:
         top, left = (number // columns) * (height + GAP), (number % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = picture
     return Image.fromarray(canvas.numpy())
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] -> pixels uint8 [B, H, W, 3] on the CPU."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu()

@@ -1,6 +1,6 @@
 """A stage: everything the loop needs to know of the model it trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class Stage:
 
     model: nn.Module
 
-    prepare: Callable[[Batch, bool], dict[str, Tensor]]
+    prepare: Callable[[Batch, bool], Mapping[str, Tensor | None]]
     """(batch, is_training) -> the objective's keyword arguments: frozen encoders and each sample's random draws."""
 
     objective: Callable[..., Tensor]

@@ -1,11 +1,12 @@
-"""Noise schedules: how much signal and how much noise there is at each timestep."""
+"""Noise schedules: how much signal and how much noise there is at each timestep, or at each sigma of a flow."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainers.recipe import Noise
+from trainers.recipe import FlowNoise, Noise
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,27 @@ def _rescale_to_zero_terminal_snr(alpha: Tensor) -> Tensor:
     """Shift and scale so that the last alpha is 0 and the first unchanged (Lin et al. 2023, 2305.08891, Alg. 1)."""
     first, last = alpha[0], alpha[-1]
     return (alpha - last) * first / (first - last)
+
+
+# FLUX states its shift at these numbers of image tokens: images of 256 x 256 and of 1024 x 1024.
+FEW_TOKENS, MANY_TOKENS = 256, 4096
+
+
+def flow_sigmas(normals: Tensor, noise: FlowNoise, image_tokens: int) -> Tensor:
+    """Logit-normal sigmas [B] in (0, 1) from standard normal draws [B] (Esser et al. 2024, 2403.03206, Eq. 19),
+    shifted for the resolution."""
+    sigmas = torch.sigmoid(noise.logit_mean + noise.logit_std * normals)
+    if noise.resolution_shift is None:
+        return sigmas
+    return shifted(sigmas, resolution_shift(image_tokens, *noise.resolution_shift))
+
+
+def resolution_shift(image_tokens: int, mu_few: float, mu_many: float) -> float:
+    """FLUX's mu, linear in the number of image tokens: larger images need more noise to be as hard to see."""
+    slope = (mu_many - mu_few) / (MANY_TOKENS - FEW_TOKENS)
+    return mu_few + slope * (image_tokens - FEW_TOKENS)
+
+
+def shifted(sigmas: Tensor, mu: float) -> Tensor:
+    """sigma -> e^mu / (e^mu + 1/sigma - 1) (Esser et al. 2024, Eq. 23, with alpha = e^mu)."""
+    return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)

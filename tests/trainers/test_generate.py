@@ -25,8 +25,7 @@ def draw(model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, see
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
-        guidance_scale=3.5,
-        num_inference_steps=2,
+        settings={"guidance_scale": 3.5, "num_inference_steps": 2},
         device="cpu",
     )
 

@@ -52,8 +52,7 @@ def draw(model_uri: str, out: Path) -> list[bytes]:
         num_images=3,
         batch_size=2,
         seed=7,
-        guidance_scale=3.5,
-        num_inference_steps=2,
+        settings={"guidance_scale": 3.5, "num_inference_steps": 2},
         device="cpu",
     )
     return [path.read_bytes() for path in paths]

@@ -46,7 +46,7 @@ class MSDMPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -57,6 +57,7 @@ class MSDMPipeline(DiffusionPipeline):
         """Draw one picture for each prompt.
 
         Args:
+            negative_prompt: takes the place of the empty prompt; one for all, or one for each prompt.
             guidance_scale: w in  uncond + w (cond - uncond);  1 is the plain conditional prediction, at half the cost.
             generator: one for all, or one for each prompt, which makes a picture independent of its neighbours.
             latents: initial noise [B, C, h, w], instead of drawing it.
@@ -68,7 +69,8 @@ class MSDMPipeline(DiffusionPipeline):
         prompt_embeds, prompt_mask = self.encode_prompts(prompts)
         is_guided = guidance_scale != 1
         if is_guided:
-            negative_embeds, negative_mask = self.encode_prompts([negative_prompt] * len(prompts))
+            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            negative_embeds, negative_mask = self.encode_prompts(list(negatives))
             prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
             prompt_mask = torch.cat([negative_mask, prompt_mask])
         latents = self.initial_latents(len(prompts), generator) if latents is None else latents.to(self.device)

@@ -14,6 +14,7 @@ from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler, build_unet
 from trainers.msdm.vae import TrainableVAE, build_vae, standardize
 from trainers.objectives import AutoencoderObjective, DenoisingObjective
+from trainers.pictures import to_pixels
 from trainers.recipe import MSDMRecipe
 from trainers.stage import Stage
 from trainers.timesteps import NoiseSchedule
@@ -102,9 +103,3 @@ def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device)
         preview=preview,
         num_previews=len(recipe.sampling.prompts),
     )
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] -> pixels uint8 [B, H, W, 3] on the CPU."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu()

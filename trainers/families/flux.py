@@ -1,0 +1,124 @@
+"""FLUX: one stage, its transformer, cut over the ranks by ZeRO-3 or, with adapters, replicated by DDP."""
+
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+
+from cluster.errors import UserError
+from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
+from trainers.engines import Engine
+from trainers.engines.ddp import DDPEngine
+from trainers.flux.checkpointing import set_activation_checkpointing
+from trainers.flux.export import export_adapters, export_pipeline
+from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
+from trainers.flux.stages import transformer_stage
+from trainers.plan import check_fits
+from trainers.recipe import FluxRecipe, Training
+from trainers.run_folder import RunFolder
+from trainers.stage import Stage
+
+STAGES = ("transformer",)
+PROMPT_MEMORY_BYTES = 2**31
+
+
+def training_of(recipe: FluxRecipe, stage: str) -> Training:
+    return recipe.transformer.training
+
+
+def check(recipe: FluxRecipe) -> Manifest:
+    is_guided = bool(transformer_config(recipe.pretrained)["guidance_embeds"])
+    if is_guided != (recipe.transformer.guidance_embedding is not None):
+        wanted = "a number such as 1.0" if is_guided else "none"
+        raise UserError(
+            f"transformer.guidance_embedding: '{recipe.pretrained}' "
+            f"{'is' if is_guided else 'is not'} told a guidance, so give {wanted}"
+        )
+    check_fits(recipe)
+    manifest = Manifest.load(recipe.data.shards)
+    precomputed = check_precomputed(
+        recipe.data.precomputed,
+        shards=recipe.data.shards,
+        pretrained=recipe.pretrained,
+        resolution=recipe.data.resolution,
+        max_tokens=recipe.max_tokens,
+        horizontal_flip=recipe.data.horizontal_flip,
+        prompts=recipe.sampling.prompts,
+    )
+    for split in ("train", "validation"):
+        precomputed.split(split)
+    return manifest
+
+
+def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+    training = recipe.transformer.training
+    return ShardStream(
+        recipe.data.precomputed,
+        split=split,
+        resolution=recipe.data.resolution,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        horizontal_flip=recipe.data.horizontal_flip,
+        num_workers=recipe.data.num_workers,
+    )
+
+
+def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+    transformer = _transformer(recipe)
+    set_activation_checkpointing(transformer, recipe.transformer.activation_checkpointing)
+    vae, scheduler = load_decoding_parts(recipe.pretrained)
+    prompts = PromptStore(recipe.data.precomputed, max_bytes=PROMPT_MEMORY_BYTES)
+    built = transformer_stage(recipe, transformer, vae.to(device), scheduler, prompts, device)
+    return built, _engine(recipe, transformer, device)
+
+
+def export(recipe: FluxRecipe, stage: str, run: RunFolder, checkpoint: Path, out: Path) -> None:
+    write = export_pipeline if recipe.transformer.lora is None else export_adapters
+    write(recipe, checkpoint, out)
+
+
+def _transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
+    """The pretrained transformer; under ZeRO-3 this rank's part of each weight."""
+    config, weights = transformer_config(recipe.pretrained), transformer_weights(recipe.pretrained)
+    settings = recipe.transformer
+    if settings.engine == "zero3":
+        from trainers.engines.zero3 import load_partitioned, zero3_partitioned
+
+        with zero3_partitioned(settings.training):
+            transformer = FluxTransformer2DModel.from_config(config)
+        load_partitioned(transformer, weights)
+        return transformer
+    dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
+    transformer = FluxTransformer2DModel.from_config(config).to(dtype)
+    for name, weight in weights:
+        transformer.get_parameter(name).data.copy_(weight)
+    if settings.lora is not None:
+        transformer.requires_grad_(False)
+        torch.manual_seed(recipe.seed)  # adapters begin the same on each rank
+        transformer.add_adapter(
+            LoraConfig(
+                r=settings.lora.rank,
+                lora_alpha=settings.lora.alpha,
+                target_modules=list(settings.lora.target_modules),
+            )
+        )
+    return transformer
+
+
+def _engine(recipe: FluxRecipe, transformer: FluxTransformer2DModel, device: torch.device) -> Engine:
+    settings = recipe.transformer
+    if settings.engine == "ddp":
+        return DDPEngine(transformer, settings.training, device)
+    from trainers.engines.zero3 import Zero3Engine
+
+    return Zero3Engine(
+        transformer,
+        settings.training,
+        device,
+        optimizer_states=settings.optimizer_states,
+        deepspeed_keys=settings.deepspeed,
+    )

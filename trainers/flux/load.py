@@ -1,0 +1,35 @@
+"""FLUX's parts from a model in the diffusers layout, the transformer tensor by tensor."""
+
+from collections.abc import Iterator
+
+import safetensors
+from cluster.weights import component_config, local_weights, weight_files
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor
+
+from cluster.errors import UserError
+
+
+def transformer_config(pretrained: str) -> dict[str, object]:
+    """The transformer's config.json. Raises UserError if the model is not FLUX."""
+    config = component_config(pretrained, "transformer")
+    name = config.get("_class_name")
+    if name != FluxTransformer2DModel.__name__:
+        raise UserError(f"pretrained: '{pretrained}' holds a {name} as its transformer, not a FLUX model")
+    return config
+
+
+def transformer_weights(pretrained: str) -> Iterator[tuple[str, Tensor]]:
+    """The transformer's weights by name, one tensor in memory and one file on disk at a time."""
+    for path in weight_files(pretrained, "transformer"):
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                yield name, file.get_tensor(name)
+
+
+def load_decoding_parts(pretrained: str) -> tuple[AutoencoderKL, FlowMatchEulerDiscreteScheduler]:
+    """What turns latents into pictures, in eval mode and without gradients."""
+    with local_weights(pretrained, ["vae/*", "scheduler/*"]) as folder:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    return vae.eval().requires_grad_(False), scheduler

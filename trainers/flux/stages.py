@@ -1,0 +1,90 @@
+"""FLUX's one stage: its transformer, on precomputed moments and prompt embeddings."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from data_shards import Batch, PromptStore, derive_seed
+from trainers import randomness
+from trainers.objectives import RectifiedFlowObjective
+from trainers.pictures import to_pixels
+from trainers.recipe import FluxRecipe
+from trainers.stage import Stage
+from trainers.timesteps import flow_sigmas
+
+EMPTY_PROMPT = ""
+
+
+def transformer_stage(
+    recipe: FluxRecipe,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    prompts: PromptStore,
+    device: torch.device,
+) -> Stage:
+    """Train `transformer`; previews draw the recipe's fixed prompts with the unmodified FluxPipeline.
+
+    Of `vae` only the decoder is used, and only by previews: images and captions were encoded beforehand.
+    """
+    settings = recipe.transformer
+    dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
+    side = recipe.data.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    guidance = settings.guidance_embedding
+
+    def prompt_embeddings(captions: list[str]) -> dict[str, Tensor]:
+        embeds, pooled = prompts.get(captions)
+        return {"prompt_embeds": embeds.to(device, dtype), "pooled_prompt_embeds": pooled.to(device, dtype)}
+
+    def prepare(batch: Batch, is_training: bool) -> dict[str, Tensor | None]:
+        captions = batch.captions
+        if is_training:
+            dropped = randomness.uniform(batch.seeds, "caption_dropout") < settings.caption_dropout
+            captions = [EMPTY_PROMPT if drop else c for c, drop in zip(captions, dropped, strict=True)]
+        mean, logvar = batch.moments.to(device, torch.float32).chunk(2, dim=1)
+        shape = mean.shape[1:]
+        draw = mean + (0.5 * logvar).exp() * randomness.normal(batch.seeds, "posterior", shape).to(device)
+        sigmas = flow_sigmas(randomness.normal(batch.seeds, "sigma", ()), settings.noise, image_tokens=(side // 2) ** 2)
+        return {
+            "latents": (draw - vae.config.shift_factor) * vae.config.scaling_factor,
+            "noise": randomness.normal(batch.seeds, "noise", shape).to(device),
+            "sigmas": sigmas.to(device),
+            "guidance": None if guidance is None else torch.full_like(sigmas, guidance).to(device),
+            **prompt_embeddings(captions),
+        }
+
+    def preview(model: nn.Module, which: Sequence[int]) -> Tensor:
+        pipeline = FluxPipeline(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=model,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        sampling = recipe.sampling
+        negative = {f"negative_{name}": value for name, value in prompt_embeddings([EMPTY_PROMPT] * len(which)).items()}
+        drawn = pipeline(
+            **prompt_embeddings([sampling.prompts[i] for i in which]),
+            **(negative if sampling.true_cfg_scale > 1 else {}),
+            height=recipe.data.resolution,
+            width=recipe.data.resolution,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            true_cfg_scale=sampling.true_cfg_scale,
+            generator=[torch.Generator().manual_seed(derive_seed(recipe.seed, "preview", i)) for i in which],
+            output_type="pt",
+        )
+        return to_pixels(drawn.images.float() * 2 - 1)
+
+    return Stage(
+        model=transformer,
+        prepare=prepare,
+        objective=RectifiedFlowObjective(),
+        preview=preview,
+        num_previews=len(recipe.sampling.prompts),
+    )
