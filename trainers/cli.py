@@ -41,7 +41,7 @@ def train(
     """
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
     loaded = load_recipe(recipe, overrides or [])
-    from trainers.launch import RunStopped, train_recipe
+    from trainers.launch import RunStopped, emulated_precision, train_recipe
 
     name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
@@ -50,6 +50,8 @@ def train(
         f"Run [bold]{name}[/] with {loaded.cluster.num_workers} workers; to resume it: {command}",
         soft_wrap=True,
     )
+    if notice := emulated_precision(loaded):
+        console.print(f"[yellow]{notice}[/]", soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
     try:
         with Watch(console) as watch:
@@ -75,9 +77,7 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."
-        ),
+        typer.Option(min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
     ] = None,
     true_cfg_scale: Annotated[
         float | None, typer.Option(min=1, help="FLUX: weight of the prompt against the negative one; 1 is none.")
@@ -169,9 +169,7 @@ def export(
     run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the run, such as runs/NAME.")],
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint. Default: the latest.")] = None,
-    weights: Annotated[
-        Weights, typer.Option(help="ema: the moving average. weights: the last.")
-    ] = Weights.EMA,
+    weights: Annotated[Weights, typer.Option(help="ema: the moving average. weights: the last.")] = Weights.EMA,
 ) -> None:
     """Write a FLUX checkpoint as a model that FluxPipeline opens, without ever holding all of it in memory.
 

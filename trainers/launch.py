@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.util.queue import Queue
 from torch import Tensor
 
@@ -98,6 +99,18 @@ def train_recipe(
         finally:
             tracker.finish(status)
     return TrainedRun(run, family.STAGES, tracker, tracker.last_metrics(), model_uri)
+
+
+def emulated_precision(recipe: Recipe) -> str | None:
+    """What to say when this machine's CPU would train in a precision that it cannot multiply in, else None."""
+    if recipe.cluster.use_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    family = family_of(recipe)
+    stages = [stage for stage in family.STAGES if family.training_of(recipe, stage).precision == "bf16"]
+    if not stages:
+        return None
+    changes = " ".join(f"--set {stage}.training.precision=fp32" for stage in stages)
+    return f"This CPU only emulates bf16, which takes many times longer: consider {changes}"
 
 
 def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) -> Tracker:

@@ -1,4 +1,7 @@
-"""A tiny model with random weights, whole."""
+"""Tiny models with random weights, whole, and the recipes that train them."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from trainers.msdm import MSDMPipeline
 from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler, build_unet
 from trainers.msdm.vae import build_vae, set_channel_statistics
-from trainers.recipe import MSDMRecipe
+from trainers.recipe import FluxRecipe, MSDMRecipe
 
 
 @pytest.fixture
@@ -26,3 +29,37 @@ def pipeline(recipe: MSDMRecipe) -> MSDMPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def flux_document(flux_folder: Path, shards: str, precomputed: str, tmp_path: Path) -> dict[str, Any]:
+    """A complete small FLUX recipe as plain data; tests change what they test."""
+    return {
+        "name": "tiny-flux",
+        "family": "flux",
+        "pretrained": str(flux_folder),
+        "max_tokens": 16,
+        "data": {"shards": shards, "precomputed": precomputed, "resolution": 32},
+        "transformer": {
+            "activation_checkpointing": "none",
+            "training": {
+                "steps": 6,
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+                "learning_rate": 1e-3,
+                "ema_decay": 0.5,
+                "log_every_steps": 2,
+                "validate_every_steps": 6,
+                "preview_every_steps": 6,
+                "checkpoint_every_steps": 2,
+            },
+        },
+        "sampling": {"num_inference_steps": 2, "prompts": ["a large polyp", "a small polyp", "a polyp"]},
+        "cluster": {"num_workers": 1, "storage": str(tmp_path / "runs")},
+        "tracking": {"register_as": "tiny-flux"},
+    }
+
+
+@pytest.fixture
+def flux_recipe(flux_document: dict[str, Any]) -> FluxRecipe:
+    return FluxRecipe.model_validate(flux_document)

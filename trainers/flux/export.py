@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import safetensors
 import safetensors.torch
 import torch
-from cluster.weights import local_weights
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from cluster.weights import local_weights
 from trainers.flux.load import transformer_config
 from trainers.recipe import FluxRecipe, dump_recipe
 from trainers.sharded_checkpoint import read_parameters
@@ -32,7 +33,7 @@ def export_pipeline(
                 target = out / path.relative_to(pretrained)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-    tensors = ((name, value.to(dtype)) for name, value in read_parameters(checkpoint, weights))
+    tensors = ((name, value.to(dtype)) for name, value in _transformer_weights(checkpoint, weights))
     write_safetensors(tensors, out / "transformer", max_file_bytes=MAX_FILE_BYTES)
     (out / "transformer" / "config.json").write_text(json.dumps(transformer_config(recipe.pretrained), indent=2))
     (out / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -77,3 +78,14 @@ def write_safetensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, ma
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _transformer_weights(checkpoint: Path, weights: Literal["ema", "weights"]) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors, one at a time, of either engine's checkpoint."""
+    replica = checkpoint / ("ema.safetensors" if weights == "ema" else "model.safetensors")
+    if not replica.is_file():
+        yield from read_parameters(checkpoint, weights)
+        return
+    with safetensors.safe_open(replica, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            yield name, file.get_tensor(name)

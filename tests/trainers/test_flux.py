@@ -1,0 +1,143 @@
+"""FLUX end to end on real images: learn four by heart, get them back through the unmodified FluxPipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from cluster.errors import UserError
+from data_shards import Settings, write_shards
+from data_shards.precompute import precompute
+from data_shards.sources import Columns
+from data_shards.sources.table import records_of
+from tests.conftest import DATA
+from tests.trainers.test_loop import CPU, Reports
+from trainers.families import flux
+from trainers.flux.export import write_safetensors
+from trainers.generate import load_model
+from trainers.recipe import FluxRecipe
+from trainers.run_folder import RunFolder
+from trainers.worker import train_rank
+
+CAPTIONS = ("first", "second", "third", "fourth")
+NUM_STEPS = 700
+MIN_PSNR = 20.0  # dB
+
+
+@pytest.fixture
+def four_images(flux_folder: Path, flux_document: dict[str, Any], tmp_path: Path) -> FluxRecipe:
+    """A recipe for four real frames, each with a caption of its own, trained by plain DDP on one rank."""
+    images = DATA / "colonoscopy" / "images"
+    names = sorted(path.name for path in images.glob("*.jpg"))[:4]
+    rows = [
+        {"image": name, "caption": caption, "split": "train"} for name, caption in zip(names, CAPTIONS, strict=True)
+    ]
+    rows.append(
+        {"image": sorted(path.name for path in images.glob("*.jpg"))[9], "caption": "other", "split": "validation"}
+    )
+    shards, cache = str(tmp_path / "four"), str(tmp_path / "four-precomputed")
+    records = records_of(rows, str(images), Columns(split="split"))
+    write_shards(records, shards, Settings(name="four", splits={}, samples_per_shard=2), source={})
+    training = flux_document["transformer"]["training"]
+    training |= {"steps": NUM_STEPS, "micro_batch_size": 4, "learning_rate": 2e-3, "learning_rate_schedule": "cosine"}
+    training |= {"warmup_steps": 20, "ema_decay": 0.99} | {
+        f"{what}_every_steps": NUM_STEPS for what in ("log", "validate", "preview", "checkpoint")
+    }
+    flux_document["transformer"] |= {"engine": "ddp", "caption_dropout": 0.0}
+    flux_document["transformer"]["noise"] = {"resolution_shift": None}
+    flux_document["data"] = {"shards": shards, "precomputed": cache, "resolution": 64}
+    flux_document["sampling"] = {"num_inference_steps": 20, "guidance_scale": 1.0, "prompts": CAPTIONS}
+    recipe = FluxRecipe.model_validate(flux_document)
+    precompute(
+        shards,
+        cache,
+        pretrained=recipe.pretrained,
+        resolution=64,
+        max_tokens=recipe.max_tokens,
+        horizontal_flip=False,
+        extra_prompts=CAPTIONS,
+    )
+    return recipe
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    return -10 * float(torch.log10((one - other).square().mean()))
+
+
+def test_four_images_learned_by_heart_come_back(four_images: FluxRecipe, tmp_path: Path) -> None:
+    """The objective, end to end: shift, scale, packing, target, timestep and guidance must all be FluxPipeline's own."""
+    recipe, run, reports = four_images, RunFolder(str(tmp_path / "run")), Reports()
+    train_rank(recipe, "transformer", run, device=CPU, report=reports, resume_from=None)
+    flux.export(recipe, "transformer", run, reports.checkpoints[NUM_STEPS], tmp_path / "model")
+
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        list(CAPTIONS),
+        height=64,
+        width=64,
+        num_inference_steps=20,
+        guidance_scale=1.0,
+        max_sequence_length=recipe.max_tokens,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    (batch,) = flux.open_stream(recipe, "transformer", "train").one_pass(4)
+    vae = pipeline.vae
+    with torch.no_grad():
+        decoded = (vae.decode(batch.moments.chunk(2, dim=1)[0]).sample / 2 + 0.5).clamp(0, 1)
+    originals = dict(zip(batch.captions, decoded, strict=True))
+    found = [psnr(picture, originals[caption]) for picture, caption in zip(drawn, CAPTIONS, strict=True)]
+    to_others = [
+        psnr(picture, original)
+        for picture, caption in zip(drawn, CAPTIONS, strict=True)
+        for other, original in originals.items()
+        if other != caption
+    ]
+    assert min(found) > MIN_PSNR, f"{found}"
+    assert min(found) > max(to_others) + 3
+    np.testing.assert_allclose(reports.pixels[NUM_STEPS].shape, (4, 64, 64, 3))
+
+
+def test_true_guidance_and_embedded_guidance_both_change_the_picture(flux_folder: Path) -> None:
+    model = load_model(str(flux_folder), device="cpu")
+
+    def draw(**settings: Any) -> Tensor:
+        arguments = {**model.defaults, "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 16}
+        images: Tensor = model.pipeline(
+            "a polyp", **arguments | settings, generator=torch.Generator().manual_seed(0), output_type="pt"
+        ).images
+        return images
+
+    plain = draw()
+    assert torch.equal(plain, draw())
+    assert not torch.equal(plain, draw(guidance_scale=7.0))
+    assert not torch.equal(plain, draw(true_cfg_scale=4.0))
+    assert not torch.equal(draw(true_cfg_scale=4.0), draw(true_cfg_scale=4.0, negative_prompt="a normal colon"))
+
+
+def test_a_wrong_guidance_embedding_is_told_before_training(flux_recipe: FluxRecipe) -> None:
+    transformer = flux_recipe.transformer.model_copy(update={"guidance_embedding": None})
+    with pytest.raises(UserError, match="is told a guidance, so give a number such as 1.0"):
+        flux.check(flux_recipe.model_copy(update={"transformer": transformer}))
+
+
+def test_files_of_a_model_stay_below_the_limit_and_diffusers_reads_them(flux_folder: Path, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    original = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer")
+    weights = original.state_dict()
+    limit = 500_000
+    write_safetensors(iter(weights.items()), tmp_path / "transformer", max_file_bytes=limit)
+    files = sorted((tmp_path / "transformer").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(path.stat().st_size < limit + 100_000 for path in files)
+    original.save_config(tmp_path / "transformer")
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
