@@ -22,7 +22,7 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     stage = storage.join(run, "transformer")
-    found = re.findall(r"^(step-(\d+))/state", "\n".join(storage.list_files(stage)), flags=re.MULTILINE)
+    found = re.findall(r"^(step-(\d+))/(?:rank-|state)", "\n".join(storage.list_files(stage)), flags=re.MULTILINE)
     steps = {int(number): name for name, number in found}
     if not steps or (step is not None and step not in steps):
         there = ", ".join(str(number) for number in sorted(steps)) or "none"

@@ -10,6 +10,7 @@ from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
+from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
 from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.flux.export import export_adapters, export_pipeline
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
@@ -86,9 +87,9 @@ def _transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
     config, weights = transformer_config(recipe.pretrained), transformer_weights(recipe.pretrained)
     settings = recipe.transformer
     if settings.engine == "zero3":
-        from trainers.engines.zero3 import load_partitioned, zero3_partitioned
-
-        with zero3_partitioned(settings.training):
+        with zero3_partitioned(
+            settings.training, optimizer_states=settings.optimizer_states, deepspeed_keys=settings.deepspeed
+        ):
             transformer = FluxTransformer2DModel.from_config(config)
         load_partitioned(transformer, weights)
         return transformer
@@ -113,8 +114,6 @@ def _engine(recipe: FluxRecipe, transformer: FluxTransformer2DModel, device: tor
     settings = recipe.transformer
     if settings.engine == "ddp":
         return DDPEngine(transformer, settings.training, device)
-    from trainers.engines.zero3 import Zero3Engine
-
     return Zero3Engine(
         transformer,
         settings.training,
