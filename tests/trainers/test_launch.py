@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from cluster import runtime, storage
+from trainers.export import export_checkpoint
 from trainers.generate import generate
 from trainers.launch import Progress, TrainedRun, train_recipe
-from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
+from trainers.recipe import FluxRecipe, MSDMRecipe, Recipe, dump_recipe, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -29,7 +30,7 @@ def one_ray() -> Iterator[None]:
         yield
 
 
-def train(recipe: MSDMRecipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
+def train(recipe: Recipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
     return train_recipe(recipe, name, on_progress=on_progress, on_stop_requested=lambda: None)
 
 
@@ -59,13 +60,13 @@ def draw(model_uri: str, out: Path) -> list[bytes]:
 
 
 def final_weights(trained: TrainedRun) -> dict[str, torch.Tensor]:
-    with storage.local_folder(trained.folder.model("denoiser")) as folder:
+    """Every trained weight of the finished model, by component and name."""
+    with storage.local_folder(trained.folder.model(trained.stages[-1])) as folder:
         return {
-            f"{part}/{name}": value
-            for part in ("vae", "unet")
-            for name, value in safetensors.torch.load_file(
-                folder / part / "diffusion_pytorch_model.safetensors"
-            ).items()
+            f"{path.parent.name}/{name}": value
+            for component in ("vae", "unet", "transformer")
+            for path in folder.glob(f"{component}/*.safetensors")
+            for name, value in safetensors.torch.load_file(path).items()
         }
 
 
@@ -143,6 +144,40 @@ def test_a_killed_worker_changes_nothing(recipe_document: dict[str, Any], tracki
     assert_equal(final_weights(disturbed), final_weights(undisturbed))
     for name in ("denoiser/loss", "denoiser/validation_loss"):
         assert disturbed.tracker.metric_history(name) == undisturbed.tracker.metric_history(name)
+
+
+def test_flux_under_zero3_survives_a_killed_worker(
+    flux_document: dict[str, Any], tracking_uri: str, one_ray: None, tmp_path: Path
+) -> None:
+    """Two ZeRO-3 ranks, one of them killed: the undisturbed run's weights, one record, a model that draws."""
+    flux_document["cluster"]["num_workers"] = 2
+    flux_document["transformer"]["training"]["steps"] = 24
+    recipe = FluxRecipe.model_validate(flux_document)
+    undisturbed = train(recipe, "undisturbed")
+    killed: list[int] = []
+
+    def kill_a_rank(progress: Progress) -> None:
+        if progress.step >= 6 and not killed:
+            victim = ray_train_workers()[-1]
+            victim.kill()
+            killed.append(victim.pid)
+
+    disturbed = train(recipe, "disturbed", kill_a_rank)
+    assert len(killed) == 1
+    assert_equal(final_weights(disturbed), final_weights(undisturbed))
+    for name in ("transformer/loss", "transformer/validation_loss"):
+        assert disturbed.tracker.metric_history(name) == undisturbed.tracker.metric_history(name)
+    assert undisturbed.model_uri == "models:/tiny-flux/1"
+    assert draw(undisturbed.model_uri, tmp_path / "a") == draw(disturbed.model_uri, tmp_path / "b")
+
+    # The same weights leave a checkpoint by the command as well.
+    found = export_checkpoint(disturbed.folder.uri, tmp_path / "exported", step=None, weights="ema")
+    assert found == 24
+    weights = {name.partition("/")[2]: v for name, v in final_weights(disturbed).items() if "transformer/" in name}
+    assert_equal(
+        safetensors.torch.load_file(tmp_path / "exported/transformer/diffusion_pytorch_model.safetensors"),
+        weights,
+    )
 
 
 def ray_train_workers() -> list[psutil.Process]:
