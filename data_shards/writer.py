@@ -132,7 +132,7 @@ def write_tar(samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: s
         path = Path(folder) / name
         with path.open("w+b") as file:
             # Fixed owner and time: the same samples give the same bytes.
-            with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+            with TarWriter(file, user="", group="", mtime=0, encoder=False, format="PAX_FORMAT") as tar:
                 for sample in samples:
                     start = tar.tarstream.offset
                     tar.write(sample)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from cluster import storage
 from data_shards import Settings, write_shards
+from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
 from tests import servers
 from trainers.recipe import MSDMRecipe
@@ -117,6 +118,34 @@ def shards(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def s3_shards(small_source: Path, bucket: str) -> str:
     return write_small_shards(small_source, f"{bucket}/shards")
+
+
+# --- FLUX in small ---
+
+PREVIEW_PROMPTS = ("a large polyp", "a small polyp", "a polyp")
+
+
+@pytest.fixture(scope="session")
+def flux_folder() -> Path:
+    """A whole FLUX model in the diffusers layout; tests/data/flux-tiny/README.md says of what."""
+    return DATA / "flux-tiny"
+
+
+@pytest.fixture(scope="session")
+def precomputed(shards: str, flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`shards` at 32 x 32, mirrored too, with prompts of 16 tokens."""
+    out = str(tmp_path_factory.mktemp("precomputed"))
+    precompute(
+        shards,
+        out,
+        pretrained=str(flux_folder),
+        resolution=32,
+        max_tokens=16,
+        horizontal_flip=True,
+        extra_prompts=PREVIEW_PROMPTS,
+        batch_size=4,
+    )
+    return out
 
 
 # --- a model small enough to train in seconds, through the same code paths as the real ones ---

@@ -38,7 +38,7 @@ def stream(shards: str, **changes: Any) -> ShardStream:
 
 def joined(batches: list[Batch]) -> dict[str, Any]:
     return {
-        "images": torch.cat([batch.images for batch in batches]),
+        "inputs": torch.cat([batch.inputs for batch in batches]),
         "captions": [caption for batch in batches for caption in batch.captions],
         "keys": [key for batch in batches for key in batch.keys],
         "flipped": [flipped for batch in batches for flipped in batch.flipped],
@@ -55,7 +55,7 @@ def global_batches(shards: str, steps: int, world_size: int, *, start: int = 0, 
 def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert len(one) == len(other) > 0
     for ours, theirs in zip(one, other, strict=True):
-        assert torch.equal(ours.pop("images"), theirs.pop("images"))
+        assert torch.equal(ours.pop("inputs"), theirs.pop("inputs"))
         assert ours == theirs
 
 

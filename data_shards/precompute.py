@@ -1,0 +1,426 @@
+"""What frozen encoders would compute again at each step, computed once: latent moments and prompt embeddings.
+
+    shards of images -> one shard of moments each, same samples, same order
+    distinct captions -> files of prompt embeddings
+    -> prompts.json -> manifest.json
+
+The set is again plain WebDataset shards with a manifest, and follows from its arguments alone. Beside each finished
+file stands a note of what it was made of, so that what is there already is not encoded again; the manifest comes last.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from cluster import storage
+from cluster.errors import UserError
+from cluster.weights import component_digest, local_weights
+from data_shards.decode import ImageError, decode
+from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry
+from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
+from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
+from data_shards.stream import Encoded, prefetched, read_samples
+from data_shards.writer import write_tar
+
+logger = logging.getLogger(__name__)
+
+AGAIN = "run medsynth shards precompute RECIPE again"
+EMPTY_PROMPT = ""
+PROMPTS_PER_FILE = 64  # 256 MiB at FLUX's 512 tokens of 4096: little to encode again after a crash, few objects
+DECODING_THREADS = 4
+BATCHES_AHEAD = 2
+COMPONENTS = {
+    "vae": "the VAE",
+    "text_encoder": "the CLIP text encoder",
+    "tokenizer": "the CLIP tokenizer",
+    "text_encoder_2": "the T5 text encoder",
+    "tokenizer_2": "the T5 tokenizer",
+}
+# Names that files of a set have, also those half written by a killed process.
+OURS = re.compile(r"\.?(prompts-\d{6}\.safetensors|[^/]+-\d{6}\.tar|prompts\.json|manifest\.json)(\.|$)")
+
+Progress = Callable[[str, int, int], None]
+EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    shards: str
+    out: str
+    pretrained: str
+    settings: Precomputed
+    device: str
+    batch_size: int
+    on_progress: Progress
+
+
+class EncodedShard(BaseModel):
+    """A finished shard of moments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard: ShardEntry
+    captions: tuple[str, ...]
+    """Its distinct captions."""
+    undecodable: tuple[str, ...]
+    """Keys of the samples whose images could not be decoded; they have no moments."""
+
+
+P = TypeVar("P", EncodedShard, PromptFile)
+
+
+def precompute(
+    shards: str,
+    out: str,
+    *,
+    pretrained: str,
+    resolution: int,
+    max_tokens: int,
+    horizontal_flip: bool,
+    extra_prompts: Sequence[str] = (),
+    device: str | None = None,
+    batch_size: int = 8,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Encode all images of `shards`, their distinct captions, the empty prompt and `extra_prompts`; write to `out`.
+
+    `pretrained` is a FLUX model in the diffusers layout. `device` is "cuda" where there is one, else "cpu". A second
+    call with the same arguments encodes nothing; one after a killed call goes on where that was. What other arguments
+    leave as it is (all images, where only a prompt is new) is kept. Raises UserError if `out` holds something else.
+    """
+    source = _images(shards)
+    if storage.absolute(out) == storage.absolute(shards):
+        raise UserError(f"the precomputed set cannot take the place of its own shards {shards}: name another folder")
+    storage.check_writable(out)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = _settings(source, pretrained, resolution, max_tokens, horizontal_flip, device)
+    if existing := _finished(out, settings, extra_prompts):
+        on_progress("already precomputed", len(existing.shards), len(existing.shards))
+        return existing
+    _unpublish(out)
+    job = Job(shards, out, pretrained, settings, device, batch_size, on_progress)
+    encoded = _encode_shards(job, source)
+    captions = [caption for piece in encoded for caption in piece.captions]
+    # Extra prompts come last: others make another last file, and leave those before it.
+    files = _encode_prompts(job, list(dict.fromkeys([EMPTY_PROMPT, *captions, *extra_prompts])))
+    _tidy(out, [*(piece.shard.name for piece in encoded), *(file.name for file in files)])
+    PromptIndex(files=tuple(files)).save(out)
+    undecodable = sum(len(piece.undecodable) for piece in encoded)
+    manifest = Manifest(
+        name=source.name,
+        source={"format": "precomputed", "uri": shards, "pretrained": pretrained},
+        split_rule=source.split_rule,
+        groups=source.groups,
+        captions=source.captions,
+        licences=source.licences,
+        quarantined={"undecodable": undecodable} if undecodable else {},
+        conversions={},
+        shards=tuple(piece.shard for piece in encoded),
+        precomputed=settings,
+    )
+    manifest.save(out)
+    return manifest
+
+
+def check_precomputed(
+    out: str,
+    *,
+    shards: str,
+    pretrained: str,
+    resolution: int,
+    max_tokens: int,
+    horizontal_flip: bool,
+    prompts: Sequence[str] = (),
+) -> Manifest:
+    """The manifest of the precomputed set at `out`.
+
+    Raises UserError if there is none, or if it is stale: the message names the part that changed.
+    """
+    known = _existing(out)
+    if known is None or known.precomputed is None:
+        raise UserError(f"no precomputed set at {out}: write it with medsynth shards precompute RECIPE")
+    settings = _settings(_images(shards), pretrained, resolution, max_tokens, horizontal_flip, "cpu")
+    for difference in _differences(known.precomputed, settings, PromptIndex.load(out), prompts):
+        raise UserError(f"precomputed set {out} is stale: {difference}; {AGAIN}")
+    return known
+
+
+# --- what a set is made of ---
+
+
+def _images(shards: str) -> Manifest:
+    source = Manifest.load(shards)
+    if source.precomputed is not None:
+        raise UserError(f"{shards} is a precomputed set itself: name the shards of images that it was made of")
+    return source
+
+
+def _settings(
+    source: Manifest, pretrained: str, resolution: int, max_tokens: int, horizontal_flip: bool, device: str
+) -> Precomputed:
+    return Precomputed(
+        source_digest=source.digest,
+        components={name: component_digest(pretrained, name) for name in COMPONENTS},
+        resolution=resolution,
+        max_tokens=max_tokens,
+        horizontal_flip=horizontal_flip,
+        dtypes={
+            "moments": "float32",
+            "prompt_embeds": "bfloat16",
+            "text_encoders": "float32" if device == "cpu" else "bfloat16",
+        },
+    )
+
+
+def _differences(then: Precomputed, now: Precomputed, index: PromptIndex, prompts: Iterable[str]) -> Iterator[str]:
+    """What of `now` the set made of `then` does not serve. Mirror images that are not asked for do no harm."""
+    digests = {"source": ("the source shards", then.source_digest, now.source_digest)}
+    for name, words in COMPONENTS.items():
+        digests[name] = (f"{words} ({name})", then.components[name], now.components[name])
+    for what, digest_then, digest_now in digests.values():
+        if digest_then != digest_now:
+            yield f"{what} changed (digest {digest_then[:12]} then, {digest_now[:12]} now)"
+    if then.resolution != now.resolution:
+        yield f"resolution was {then.resolution} then, is {now.resolution} now"
+    if then.max_tokens != now.max_tokens:
+        yield f"max_tokens was {then.max_tokens} then, is {now.max_tokens} now"
+    if now.horizontal_flip and not then.horizontal_flip:
+        yield "horizontal_flip was off then, is on now"
+    for prompt in prompts:
+        if prompt not in index.places:
+            yield f"the prompt '{prompt}' is not in it"
+
+
+def _existing(out: str) -> Manifest | None:
+    return Manifest.load(out) if storage.exists(storage.join(out, MANIFEST)) else None
+
+
+def _finished(out: str, settings: Precomputed, prompts: Sequence[str]) -> Manifest | None:
+    """The set at `out` if it is whole and serves."""
+    existing = _existing(out)
+    if existing is None:
+        return None
+    if existing.precomputed is None:
+        raise UserError(f"{out} holds shards of images: name another folder for the precomputed set")
+    found = set(storage.list_files(out))
+    if INDEX not in found:
+        return None
+    index = PromptIndex.load(out)
+    names = {shard.name for shard in existing.shards} | {file.name for file in index.files}
+    serves = not any(_differences(existing.precomputed, settings, index, prompts))
+    return existing if serves and names <= found else None
+
+
+def _unpublish(out: str) -> None:
+    """Take away what would describe a set whose files are about to change."""
+    for name in (MANIFEST, INDEX):
+        if storage.exists(storage.join(out, name)):
+            storage.delete(storage.join(out, name))
+
+
+# --- pieces, each made once ---
+
+
+def _note(name: str) -> str:
+    return f"{name}.json"
+
+
+def _made_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _noted(out: str, name: str, made_of: str, kind: type[P]) -> P | None:
+    """What the note beside a finished file says, if the file was made of the same."""
+    try:
+        note = json.loads(storage.read_bytes(storage.join(out, _note(name))))
+        storage.size(storage.join(out, name))
+    except storage.NotFoundError:
+        return None
+    return kind.model_validate(note["piece"]) if note["made_of"] == made_of else None
+
+
+def _make(out: str, name: str, made_of: str, make: Callable[[], P]) -> P:
+    """Write a file and then the note beside it, so that a note never speaks of another file than is there."""
+    note = storage.join(out, _note(name))
+    if storage.exists(note):
+        storage.delete(note)
+    piece = make()
+    storage.write_bytes(note, json.dumps({"made_of": made_of, "piece": piece.model_dump()}).encode())
+    return piece
+
+
+def _tidy(out: str, wanted: Sequence[str]) -> None:
+    """Remove what other arguments and killed processes left behind."""
+    kept = {*wanted, *map(_note, wanted)}
+    for name in storage.list_files(out):
+        if OURS.match(name) and name not in kept:
+            storage.delete(storage.join(out, name))
+
+
+# --- images ---
+
+
+def _encode_shards(job: Job, source: Manifest) -> list[EncodedShard]:
+    """One shard of moments for each shard of images."""
+    settings = job.settings
+    done, total = 0, sum(shard.num_samples for shard in source.shards)
+    pieces: list[EncodedShard] = []
+    vae = None
+    for shard in source.shards:
+        made_of = _made_of(shard.sha256, settings.components["vae"], settings.resolution, settings.horizontal_flip)
+        piece = _noted(job.out, shard.name, made_of, EncodedShard)
+        if piece is None:
+            vae = vae or _load_vae(job)
+            piece = _make(job.out, shard.name, made_of, partial(_encode_shard, job, vae, shard))
+        pieces.append(piece)
+        done += shard.num_samples
+        job.on_progress("encoding images", done, total)
+    return pieces
+
+
+def _encode_shard(job: Job, vae: Any, shard: ShardEntry) -> EncodedShard:
+    captions: dict[str, None] = {}
+    undecodable: list[str] = []
+
+    def samples() -> Iterator[dict[str, str | bytes]]:
+        for sample, moments in _with_moments(job, vae, shard):
+            captions.update(dict.fromkeys(sample.captions))
+            if not moments:
+                undecodable.append(sample.key)
+            yield {"__key__": sample.key, ABOUT_MEMBER: sample.members[ABOUT_MEMBER], **moments}
+
+    entry = write_tar(samples(), job.out, name=shard.name, split=shard.split)
+    return EncodedShard(shard=entry, captions=tuple(captions), undecodable=tuple(undecodable))
+
+
+def _with_moments(job: Job, vae: Any, shard: ShardEntry) -> Iterator[tuple[Encoded, dict[str, bytes]]]:
+    """Each sample with its members of moments; one whose image cannot be decoded has none, and keeps its place."""
+    for samples, images in prefetched(_decoded(job, shard), BATCHES_AHEAD):
+        decodable = [image for image in images if image is not None]
+        members: Iterator[dict[str, bytes]] = iter(_moments(vae, torch.stack(decodable), job) if decodable else [])
+        for sample, image in zip(samples, images, strict=True):
+            yield sample, {} if image is None else next(members)
+
+
+def _decoded(job: Job, shard: ShardEntry) -> Iterator[tuple[list[Encoded], list[Tensor | None]]]:
+    def decoded(sample: Encoded) -> Tensor | None:
+        data = next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members)
+        try:
+            return decode(data, job.settings.resolution)
+        except ImageError as error:
+            logger.warning("sample %s of %s has no moments: %s", sample.key, job.shards, error)
+            return None
+
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        for start in range(0, shard.num_samples, job.batch_size):
+            samples = read_samples(job.shards, shard, start, start + job.batch_size)
+            yield samples, list(pool.map(decoded, samples))
+
+
+@torch.inference_mode()
+def _moments(vae: Any, images: Tensor, job: Job) -> list[dict[str, bytes]]:
+    """The members of moments of each of `images` [B, 3, H, W]."""
+
+    def encode(images: Tensor) -> list[bytes]:
+        posterior = vae.encode(images.to(job.device)).latent_dist
+        return [_npy(moments) for moments in torch.cat([posterior.mean, posterior.logvar], dim=1)]
+
+    variants = {MOMENTS_MEMBER: encode(images)}
+    if job.settings.horizontal_flip:
+        variants[MIRRORED_MOMENTS_MEMBER] = encode(images.flip(-1))
+    return [dict(zip(variants, values, strict=True)) for values in zip(*variants.values(), strict=True)]
+
+
+def _npy(tensor: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, tensor.float().cpu().numpy(), allow_pickle=False)
+    return file.getvalue()
+
+
+def _load_vae(job: Job) -> Any:
+    """In float32 on any device: it is small and runs once, and its rounding would stay in the set.
+
+    Stored so too: 512 KiB an image at 512 x 512, which is little beside the 4 MiB of a prompt.
+    """
+    from diffusers import AutoencoderKL
+
+    with local_weights(job.pretrained, ["vae/*"]) as folder, _loading("vae", job.pretrained):
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+    return vae.to(job.device).eval()
+
+
+# --- prompts ---
+
+
+def _encode_prompts(job: Job, prompts: Sequence[str]) -> list[PromptFile]:
+    settings = job.settings
+    text_parts = {name: digest for name, digest in settings.components.items() if name != "vae"}
+    files: list[PromptFile] = []
+    encode = None
+    for start in range(0, len(prompts), PROMPTS_PER_FILE):
+        chunk = prompts[start : start + PROMPTS_PER_FILE]
+        name = f"prompts-{start // PROMPTS_PER_FILE:06d}.safetensors"
+        made_of = _made_of(chunk, text_parts, settings.max_tokens, settings.dtypes)
+        piece = _noted(job.out, name, made_of, PromptFile)
+        if piece is None:
+            encode = encode or _load_text_encoders(job)
+            piece = _make(job.out, name, made_of, partial(_encode_file, job, encode, name, chunk))
+        files.append(piece)
+        job.on_progress("encoding prompts", start + len(chunk), len(prompts))
+    return files
+
+
+def _encode_file(job: Job, encode: EncodePrompts, name: str, prompts: Sequence[str]) -> PromptFile:
+    batches = [prompts[start : start + job.batch_size] for start in range(0, len(prompts), job.batch_size)]
+    prompt_embeds, pooled_prompt_embeds = zip(*(encode(batch) for batch in batches), strict=True)
+    return write_prompts(job.out, name, prompts, torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds))
+
+
+def _load_text_encoders(job: Job) -> EncodePrompts:
+    """A function that encodes prompts to [B, L, D] and [B, P] as FluxPipeline does: T5 sees its padding unmasked."""
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    parts = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    how = {"dtype": getattr(torch, job.settings.dtypes["text_encoders"]), "use_safetensors": True}
+    with (
+        local_weights(job.pretrained, [f"{part}/*" for part in parts]) as folder,
+        _loading("text encoders", job.pretrained),
+    ):
+        clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+        clip = CLIPTextModel.from_pretrained(folder / "text_encoder", **how).to(job.device).eval()
+        t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", **how).to(job.device).eval()
+
+    def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: Tensor = tokens.input_ids.to(job.device)
+        return ids
+
+    @torch.inference_mode()
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        prompt_embeds = t5(token_ids(t5_tokenizer, prompts, job.settings.max_tokens))[0]
+        pooled = clip(token_ids(clip_tokenizer, prompts, clip_tokenizer.model_max_length)).pooler_output
+        return prompt_embeds, pooled
+
+    return encode
+
+
+@contextmanager
+def _loading(what: str, pretrained: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the {what} of '{pretrained}': {str(error).splitlines()[0]}") from None
