@@ -1,12 +1,18 @@
 """Noise schedules: how much signal and how much noise there is at each timestep, or at each sigma of a flow."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trainers.recipe import FlowNoise, Noise
+if (
+    TYPE_CHECKING
+):  # objectives and schedules are plain torch: a benchmark runs them without the recipe's storage clients
+    from trainers.recipe import FlowNoise, Noise
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class NoiseSchedule:
     sigma: Tensor
 
     @classmethod
-    def from_recipe(cls, noise: Noise) -> "NoiseSchedule":
+    def from_recipe(cls, noise: Noise) -> NoiseSchedule:
         """The schedule of a recipe; scaled_linear means linear in sqrt(beta) (Rombach et al. 2022)."""
         steps = noise.num_train_timesteps
         if noise.beta_schedule == "linear":
@@ -37,7 +43,7 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alpha)
 
-    def to(self, device: torch.device) -> "NoiseSchedule":
+    def to(self, device: torch.device) -> NoiseSchedule:
         return NoiseSchedule(self.alpha.to(device), self.sigma.to(device))
 
     def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,313 @@
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from diffusers import FluxTransformer2DModel
+from rich.console import Console
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.errors import UserError
+from tests.trainers.test_checkpointing import bytes_autograd_saves, loss_of, tiny_transformer
+from trainers.estimates import ZERO3_DEFAULTS
+from trainers.flux.architecture import FLUX_1_DEV, FLUX_1_SCHNELL
+from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
+from trainers.flux.footprint import Counter, _count_pass, build_on_meta, footprint
+from trainers.hardware import GPUS
+from trainers.plan import Plan, check_fits, gpu_named, plan_flux, render
+from trainers.recipe import FluxRecipe, LoRA, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PARAMETERS = 11_901_408_320
+TINY: dict[str, Any] = {
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> str:
+    """A FLUX.1-dev without weights: its config, where the diffusers layout has it."""
+    (tmp_path / "flux" / "transformer").mkdir(parents=True)
+    (tmp_path / "flux" / "transformer" / "config.json").write_text(json.dumps(FLUX_1_DEV))
+    return str(tmp_path / "flux")
+
+
+def recipe_of(name: str, pretrained: str, *overrides: str) -> FluxRecipe:
+    recipe = load_recipe(str(RECIPES / f"{name}.yaml"), [f"pretrained={pretrained}", *overrides])
+    assert isinstance(recipe, FluxRecipe)
+    return recipe
+
+
+def planned(recipe: FluxRecipe, num_gpus: int, gpu: str) -> Plan:
+    return plan_flux(recipe, num_gpus=num_gpus, gpu=gpu_named(gpu), price_per_gpu_hour=None)
+
+
+def bytes_of(plan: Plan, *whats: str) -> float:
+    found = [part.gpu_bytes for part in plan.parts if part.what in whats]
+    assert len(found) == len(whats)
+    return sum(found)
+
+
+# --- what is counted ---
+
+
+@pytest.mark.parametrize(("resolution", "teraflop"), [(512, 21.50), (1024, 74.38)])
+def test_flux_is_counted_as_published(resolution: int, teraflop: float) -> None:
+    counted = footprint(FLUX_1_DEV, resolution=resolution, max_tokens=512, checkpointing="none")
+    assert counted.parameters == counted.trainable == PARAMETERS
+    assert counted.forward_flops / 1e12 == pytest.approx(teraflop, abs=0.01)
+    # Twice the forward pass, and once more the products of the attention, which the flash kernel computes again.
+    attention = 57 * 4 * 3072 * (512 + (resolution // 16) ** 2) ** 2
+    assert counted.pass_flops == pytest.approx(3 * counted.forward_flops + attention / 2, rel=2e-3)
+
+
+def test_forward_flops_are_the_closed_form() -> None:
+    """Per block 12 d^2 weights act on each token, and attention takes 4 d L^2; modulation acts once an image."""
+    tokens, d = 1024 + 512, 3072
+    closed = 57 * (2 * 12 * d * d * tokens + 4 * d * tokens**2)
+    counted = footprint(FLUX_1_DEV, resolution=512, max_tokens=512, checkpointing="none").forward_flops
+    assert counted == pytest.approx(closed, rel=5e-3)
+
+
+def test_a_deep_model_is_counted_from_shallow_ones() -> None:
+    config = TINY | {"num_layers": 3, "num_single_layers": 4}
+    modes: tuple[CheckpointingMode, ...] = ("none", "full")
+    for mode in modes:
+        counted = footprint(config, resolution=64, max_tokens=8, checkpointing=mode)
+        transformer = build_on_meta(config, None, torch.bfloat16)
+        set_activation_checkpointing(transformer, mode)
+        whole = _count_pass(transformer, resolution=64, max_tokens=8)
+        assert counted.parameters == whole.parameters
+        assert counted.pass_flops == whole.pass_flops
+        assert counted.kept_bytes == whole.kept_bytes
+        assert counted.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+
+
+def test_adapters_are_all_that_lora_trains() -> None:
+    rank, d = 16, 3072
+    lora = LoRA(rank=rank, target_modules=("to_q", "add_q_proj"))
+    counted = footprint(FLUX_1_DEV, resolution=512, max_tokens=512, checkpointing="full", lora=lora)
+    assert counted.trainable == (57 + 19) * rank * 2 * d
+    assert counted.parameters == PARAMETERS + counted.trainable
+
+
+def counted_bytes(mode: CheckpointingMode) -> tuple[int, int]:
+    """(kept after the forward pass, most at a time) of a real pass on the CPU."""
+    transformer = tiny_transformer()
+    set_activation_checkpointing(transformer, mode)
+    parameters: list[Tensor] = list(transformer.parameters())
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with Counter(ignore=parameters) as counter:
+        loss = loss_of(transformer)
+        kept = counter.bytes
+        loss.backward()
+    return kept, counter.peak_bytes
+
+
+def test_less_is_kept_the_more_is_computed_again() -> None:
+    kept = {mode: counted_bytes(mode)[0] for mode in ("none", "selective", "full")}
+    assert kept["none"] > 1.3 * kept["selective"] > 2 * kept["full"]
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_counted_bytes_are_those_that_autograd_saves(mode: CheckpointingMode) -> None:
+    """Within 10 %: prediction, loss and a few inputs are there too, but are not saved."""
+    assert counted_bytes(mode)[0] == pytest.approx(bytes_autograd_saves(mode), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_the_estimate_is_what_a_real_pass_takes(mode: CheckpointingMode) -> None:
+    """Counted on the meta device for one image, taken twice, against a pass with two images on the CPU: within 15 %,
+    for in so small a model the rotary tables weigh, which two images share."""
+    config = TINY | {"num_layers": 2, "num_single_layers": 2}
+    counted = footprint(config, resolution=64, max_tokens=6, checkpointing=mode, dtype=torch.float32)
+    kept, peak = counted_bytes(mode)
+    assert 2 * counted.kept_bytes == pytest.approx(kept, rel=0.15)
+    assert 2 * counted.peak_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_flops_are_those_of_torchs_counter() -> None:
+    transformer = tiny_transformer()
+    with FlopCounterMode(display=False) as reference:
+        loss_of(transformer)
+    with Counter(ignore=list(transformer.parameters())) as counter:
+        loss_of(transformer)
+    assert counter.flops == reference.get_total_flops() > 0
+
+
+# --- model states ---
+
+
+def test_states_on_the_gpu_are_those_deepspeed_estimates(pretrained: str) -> None:
+    plan = planned(recipe_of("flux-full-8gpu", pretrained), 8, "h100")
+    _, gpu_bytes, largest_layer = estimate_zero3_model_states_mem_needs(
+        PARAMETERS, 56_623_104, num_gpus_per_node=8, cpu_offload=False
+    )
+    states = bytes_of(plan, "weights", "gradients", "master weights and Adam's moments")
+    assert states == pytest.approx(gpu_bytes - largest_layer, rel=1e-6)
+
+
+def test_offloaded_states_are_those_deepspeed_estimates(pretrained: str) -> None:
+    plan = planned(recipe_of("flux-full-offload", pretrained, "transformer.training.ema_decay=0"), 2, "h100")
+    cpu_bytes, gpu_bytes, largest_layer = estimate_zero3_model_states_mem_needs(
+        PARAMETERS, 56_623_104, num_gpus_per_node=2, cpu_offload_params=False, additional_buffer_factor=1
+    )
+    assert bytes_of(plan, "weights") == pytest.approx(gpu_bytes - largest_layer, rel=1e-6)
+    # DeepSpeed does not count that gradients lie there twice: accumulated, and handed to Adam.
+    assert 2 * sum(part.host_bytes for part in plan.parts) == pytest.approx(cpu_bytes + 4 * PARAMETERS, rel=1e-6)
+
+
+def test_buckets_are_deepspeeds_defaults() -> None:
+    defaults = {(field.alias or name): field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {key: int(defaults[key]) for key in ZERO3_DEFAULTS} == ZERO3_DEFAULTS
+
+
+def test_a_smaller_bucket_of_the_recipe_counts(pretrained: str) -> None:
+    small = "transformer.deepspeed.zero_optimization.reduce_bucket_size=50000000"
+    plan = planned(recipe_of("flux-full-8gpu", pretrained, small), 8, "h100")
+    assert bytes_of(plan, "gradients being reduced") == 2 * 2 * 50_000_000
+
+
+def test_a_checkpoint_holds_weights_moments_and_average(pretrained: str) -> None:
+    assert planned(recipe_of("flux-full-8gpu", pretrained), 8, "h100").checkpoint_bytes == 16 * PARAMETERS
+    assert planned(recipe_of("flux-full-1xh200", pretrained), 1, "h200").checkpoint_bytes == 6 * PARAMETERS
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "gpu"),
+    [
+        ("flux-full-8gpu", 8, "h100"),
+        ("flux-full-1xh200", 1, "h200"),
+        ("flux-full-offload", 2, "h100"),
+        ("flux-lora", 1, "a100"),
+    ],
+)
+def test_recipes_fit_the_gpus_they_name(pretrained: str, name: str, num_gpus: int, gpu: str) -> None:
+    plan = planned(recipe_of(name, pretrained), num_gpus, gpu)
+    assert plan.fits
+    assert not plan.remedies
+
+
+def test_fp32_states_do_not_fit_one_h200_but_bf16_states_do(pretrained: str) -> None:
+    plan = planned(recipe_of("flux-full-1xh200", pretrained, "transformer.optimizer_states=fp32"), 1, "h200")
+    assert not plan.fits
+    assert bytes_of(plan, "weights", "gradients", "master weights and Adam's moments") == 18 * PARAMETERS
+    assert "--set transformer.optimizer_states=bf16" in [change.command for change in plan.remedies]
+
+
+def test_activations_decide_too(pretrained: str) -> None:
+    recipe = recipe_of("flux-full-8gpu", pretrained, "transformer.activation_checkpointing=none")
+    plan = planned(recipe, 8, "h100")
+    assert not plan.fits
+    assert plan.remedies[0].command == "--set transformer.activation_checkpointing=selective"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "gpu", "overrides"),
+    [
+        ("flux-full-8gpu", 1, "h200", []),
+        ("flux-full-8gpu", 1, "l40s", ["transformer.activation_checkpointing=none"]),  # takes two changes
+        ("flux-full-1xh200", 1, "l40s", []),
+    ],
+)
+def test_every_remedy_works_as_it_is_printed(
+    pretrained: str, name: str, num_gpus: int, gpu: str, overrides: list[str]
+) -> None:
+    plan = planned(recipe_of(name, pretrained, *overrides), num_gpus, gpu)
+    assert not plan.fits
+    assert plan.remedies
+    for remedy in plan.remedies:
+        words = shlex.split(remedy.command)
+        options = list(zip(words[::2], words[1::2], strict=True))
+        changes = [value for option, value in options if option == "--set"]
+        gpus = next((int(value) for option, value in options if option == "--gpus"), num_gpus)
+        again = planned(recipe_of(name, pretrained, *overrides, *changes), gpus, gpu)
+        assert again.fits, remedy.command
+        assert again.gpu_bytes == remedy.gpu_bytes
+
+
+def test_training_that_cannot_fit_does_not_begin(pretrained: str) -> None:
+    recipe = recipe_of("flux-full-1xh200", pretrained, "transformer.optimizer_states=fp32")
+    with pytest.raises(UserError, match=r"needs \d+ GiB .* has 139 GiB; it would fit with --set"):
+        check_fits(recipe, GPUS["h200"])
+    check_fits(recipe_of("flux-full-1xh200", pretrained), GPUS["h200"])
+    check_fits(recipe_of("flux-full-1xh200", pretrained, "cluster.use_gpu=false"), GPUS["l40s"])
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_said(pretrained: str) -> None:
+    with pytest.raises(UserError, match="--gpus 3: global_batch_size 32 is not a multiple of micro_batch_size 4 x 3"):
+        planned(recipe_of("flux-full-8gpu", pretrained), 3, "h100")
+
+
+def test_an_unknown_gpu_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'h100'\? there are a100 .*b200"):
+        gpu_named("h10")
+
+
+def test_a_model_out_of_reach_is_planned_by_its_published_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(pretrained: str) -> dict[str, object]:
+        raise UserError("no hub")
+
+    monkeypatch.setattr("trainers.plan.transformer_config", unreachable)
+    dev = planned(recipe_of("flux-full-8gpu", "black-forest-labs/FLUX.1-dev"), 8, "h100")
+    schnell = planned(recipe_of("flux-full-8gpu", "black-forest-labs/FLUX.1-schnell"), 8, "h100")
+    assert dev.note is not None
+    assert "published architecture" in dev.note
+    assert schnell.footprint.parameters < dev.footprint.parameters == PARAMETERS
+    with pytest.raises(UserError, match="no hub"):
+        planned(recipe_of("flux-full-8gpu", "someone/else"), 8, "h100")
+
+
+def test_published_architectures_are_diffusers_defaults() -> None:
+    with torch.device("meta"):
+        config = FluxTransformer2DModel().config
+    assert {key: config[key] for key in FLUX_1_SCHNELL if not key.startswith("_")} == {
+        key: value for key, value in FLUX_1_SCHNELL.items() if not key.startswith("_")
+    }
+
+
+# --- time and money ---
+
+
+def test_two_machines_do_not_halve_the_time_of_one(pretrained: str) -> None:
+    halves = recipe_of("flux-full-8gpu", pretrained, "transformer.training.micro_batch_size=2")
+    eight, sixteen = planned(recipe_of("flux-full-8gpu", pretrained), 8, "h200"), planned(halves, 16, "h200")
+    # Half the computation each, but the weights now cross the network.
+    assert sixteen.seconds_per_step > eight.seconds_per_step / 2
+
+
+def test_one_gpu_computes_and_updates_and_sends_nothing(pretrained: str) -> None:
+    plan = planned(recipe_of("flux-full-1xh200", pretrained), 1, "h200")
+    computing = 16 * plan.footprint.pass_flops / (790e12 * 0.5)
+    update = 2 * (2 + 4 * 2) * PARAMETERS / 4.3e12
+    assert plan.seconds_per_step == pytest.approx(computing + update)
+    assert plan.gpu_hours == pytest.approx(4000 * plan.seconds_per_step / 3600)
+
+
+def test_the_plan_is_printed(pretrained: str) -> None:
+    console = Console(record=True, width=120)
+    recipe = recipe_of("flux-full-1xh200", pretrained, "transformer.optimizer_states=fp32")
+    plan = plan_flux(recipe, num_gpus=1, gpu=gpu_named("h200"), price_per_gpu_hour=4.0)
+    render(plan, console)
+    printed = console.export_text()
+    assert "Does not fit" in printed
+    assert plan.cost == pytest.approx(plan.gpu_hours * 4)
+    assert f"{plan.cost:,.0f} at 4 an hour" in printed
+    assert "11,901,408,320 parameters" in printed
+    for remedy in plan.remedies:
+        assert remedy.command in printed

@@ -1,0 +1,65 @@
+"""GPUs that training runs on, as far as planning needs to know them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cluster.errors import UserError, nearest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, in a machine that is usual for it."""
+
+    name: str  # as `medsynth plan --gpu` knows it
+    product: str
+    memory_bytes: int  # what a process can take, which is less than what is sold
+    matmul_flops: float  # FLOP/s of a large bf16 matrix product
+    memory_bandwidth: float  # bytes/s
+    bus: float  # bytes/s that one GPU sends to the others of its machine, while it receives as many
+    network: float  # bytes/s that one GPU sends to other machines
+    host_bus: float  # bytes/s between one GPU and host memory
+    gpus_per_host: int = 8
+
+
+# Share of the data sheet's dense bf16 FLOP/s that a large matrix product reaches: 790 of 989 TFLOP/s measured on one
+# H200; taken for the others too, which were not measured.
+MATMUL_SHARE = 0.80
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", "NVIDIA A100 80GB SXM", 79 * GIB, 312e12 * MATMUL_SHARE, 2.0e12, 300e9, 25e9, 25e9),
+        Gpu("h100", "NVIDIA H100 80GB SXM", 78 * GIB, 989e12 * MATMUL_SHARE, 3.35e12, 450e9, 50e9, 50e9),
+        Gpu("h200", "NVIDIA H200 141GB SXM", 139 * GIB, 790e12, 4.3e12, 450e9, 50e9, 50e9),
+        Gpu("b200", "NVIDIA B200 SXM", 180 * 10**9, 2250e12 * MATMUL_SHARE, 8.0e12, 900e9, 50e9, 50e9),
+        Gpu("l40s", "NVIDIA L40S", int(44.4 * GIB), 362e12 * MATMUL_SHARE, 0.864e12, 25e9, 12.5e9, 25e9),
+    )
+}
+"""Measured on one H200: memory, matrix product, memory bandwidth; on one H100: memory. All else is NVIDIA's: the data
+sheets of A100 80GB, H100, H200, HGX B200 and L40S, bf16 without sparsity, half of NVLink's two-way figure as the bus
+(the L40S has PCIe 4 x16 alone, of which some 25 GB/s arrive). Memory of A100 and L40S as PyTorch's out-of-memory
+messages give it. Networks are what the usual machines bring: one 400 Gb/s port a GPU for H100 and newer (DGX H100),
+one 200 Gb/s port for the A100 (DGX A100), 100 Gb/s for the L40S."""
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError, with the names there are, for an unknown one."""
+    if gpu := GPUS.get(name.lower()):
+        return gpu
+    known = "; ".join(f"{gpu.name} ({gpu.product}, {gpu.memory_bytes / GIB:.0f} GiB)" for gpu in GPUS.values())
+    guess = nearest(name.lower(), GPUS)
+    raise UserError(f"--gpu {name}: " + (f"did you mean '{guess}'? " if guess else "") + f"there are {known}")
+
+
+def gpu_here() -> Gpu | None:
+    """This machine's first GPU with the memory it really has, or None if it has none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    words = properties.name.lower().replace("-", " ").split()
+    # An unknown GPU is taken for the A100, the slowest of the large ones: its memory is known, which decides.
+    like = next((gpu for gpu in GPUS.values() if gpu.name in words), GPUS["a100"])
+    return replace(like, product=properties.name, memory_bytes=properties.total_memory)
