@@ -12,4 +12,10 @@ SECONDS=0
 "$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" \
     --guidance-scale 3.5 --num-images 8 --seed 0 --out "$DEMO/samples"
 
-echo "The demo took $((SECONDS / 60)) min $((SECONDS % 60)) s. Pictures: $DEMO/samples"
+cat <<END
+
+The demo took $((SECONDS / 60)) min $((SECONDS % 60)) s. Its figures stand in the table above.
+  Eight pictures of "$PROMPT": $DEMO/samples
+  How pictures became better in training:  $DEMO/runs/*/pictures
+  Everything that was recorded:            $BIN/mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI
+END
