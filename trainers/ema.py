@@ -4,12 +4,17 @@ import torch
 from torch import Tensor, nn
 
 
+def ramped_decay(decay: float, update: int) -> float:
+    """min(decay, (1 + n) / (10 + n)) for update n (1-based), the ramp of the TensorFlow reference implementation:
+    without it the initial weights would dominate short runs."""
+    return min(decay, (1 + update) / (10 + update))
+
+
 class EMA:
     """A float32 moving average of `model`'s floating-point state, kept beside the model on its device.
 
     After update n (1-based) the average is  a_n = d_n a_{n-1} + (1 - d_n) w_n  with a_0 the initial weights
-    and d_n = min(decay, (1 + n) / (10 + n)), the ramp of the TensorFlow reference implementation: without
-    it the initial weights would dominate short runs.
+    and d_n = `ramped_decay(decay, n)`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -21,7 +26,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's present weights."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = ramped_decay(self.decay, self.num_updates)
         weights = [value.detach().float() for value in _weights(model).values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 

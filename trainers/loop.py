@@ -8,13 +8,13 @@ and resumed is the run that was never stopped, at any world size.
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_shards import ShardStream, derive_seed
+from data_shards import Batch, ShardStream, derive_seed
 from trainers.engines import Engine, StepOutcome
 from trainers.learning_rate import learning_rate_at
 from trainers.recipe import Training
@@ -112,23 +112,46 @@ def validation_loss(stage: Stage, engine: Engine, validation: ShardStream, micro
     """
     total, count = 0.0, 0
     with engine.averaged_model() as model:
-        for batch in validation.one_pass(micro_batch_size):
+        for batch, counts in in_lockstep(engine, validation, micro_batch_size):
             prepared = stage.prepare(batch, False)
             with engine.autocast():
                 losses = stage.objective(model, **prepared)
-            total += float(losses.double().sum())
-            count += len(losses)
+            if counts:
+                total += float(losses.double().sum())
+                count += len(losses)
     return engine.mean(total, count)
+
+
+def in_lockstep(engine: Engine, validation: ShardStream, micro_batch_size: int) -> Iterator[tuple[Batch, bool]]:
+    """(batch, whether it counts): this rank's share of the split, then repetitions until every rank has had its own.
+
+    Where weights are cut over the ranks, a forward needs all of them, so they must run equally many.
+    """
+    share = validation.one_pass(micro_batch_size)
+    last: Batch | None = None
+    while True:
+        batch = next(share, None)
+        if not engine.any_rank(batch is not None):
+            return
+        # A rank with no share at all, of a split smaller than the number of ranks, borrows a batch of others'.
+        if batch is not None or last is None:
+            last = batch or next(validation.batches())[0]
+        yield last, batch is not None
 
 
 def preview(stage: Stage, engine: Engine) -> Tensor:
     """Pictures of the averaged weights, drawn by all ranks; whole on rank 0, empty elsewhere."""
-    mine = range(engine.rank, stage.num_previews, engine.world_size)
+    # Equally many on each rank, so some are drawn twice: ranks that share weights must run equally many forwards.
+    rounds = range(math.ceil(stage.num_previews / engine.world_size))
+
+    def pictures_of(rank: int) -> list[int]:
+        return [(rank + turn * engine.world_size) % stage.num_previews for turn in rounds]
+
     with engine.averaged_model() as model:
-        drawn = stage.preview(model, mine)
+        drawn = stage.preview(model, pictures_of(engine.rank))
     by_picture: dict[int, Tensor] = {}
     for rank, pixels in enumerate(engine.gather(drawn)):
-        by_picture |= dict(zip(range(rank, stage.num_previews, engine.world_size), pixels, strict=True))
+        by_picture = dict(zip(pictures_of(rank), pixels, strict=True)) | by_picture
     return torch.stack([by_picture[i] for i in sorted(by_picture)]) if by_picture else torch.empty(0)
 
 

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Sum of `total` over ranks divided by the sum of `count` over ranks."""
         ...
 
+    def any_rank(self, fact: bool) -> bool:
+        """Whether `fact` holds on some rank."""
+        ...
+
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on rank 0; an empty list elsewhere."""
         ...

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,18 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 from trainers import checkpoint
 from trainers.ema import EMA
 from trainers.engines import StepOutcome
+from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
 
-T = TypeVar("T")
 
-
-class DDPEngine:
+class DDPEngine(Ranks):
     """AdamW on replicas held equal by DistributedDataParallel; alone (no process group) it needs neither."""
 
     def __init__(self, model: nn.Module, training: Training, device: torch.device) -> None:
-        self.device = device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        super().__init__(device)
         self._training = training
         self._module = model.to(device).train()
         self.model: nn.Module = self._module
@@ -79,19 +75,6 @@ class DDPEngine:
         finally:
             self._ema.swap(self._module)
             self._module.train()
-
-    def mean(self, total: float, count: int) -> float:
-        sums = torch.tensor([total, float(count)], dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
-
-    def gather(self, value: T) -> list[T]:
-        if self.world_size == 1:
-            return [value]
-        gathered: list[T | None] = [None] * self.world_size
-        dist.gather_object(value, gathered if self.rank == 0 else None)
-        return [item for item in gathered if item is not None] if self.rank == 0 else []
 
     def save(self, folder: Path, step: int) -> bool:
         if self.rank == 0:  # replicas are equal: one rank writes for all

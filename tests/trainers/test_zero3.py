@@ -1,0 +1,654 @@
+"""The ZeRO-3 engine against plain PyTorch: at any number of ranks, resumed, resharded, and through steps that fail.
+
+Ranks are real processes with gloo between them. All that a number of ranks has to show is computed in one go, for
+starting processes takes longer than these small models do.
+"""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from cluster.errors import UserError
+from data_shards import Batch, ShardStream
+from trainers import loop, randomness
+from trainers.ema import EMA
+from trainers.engines import StepOutcome
+from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
+from trainers.recipe import Training
+from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, read_parameters
+from trainers.stage import Stage
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH = 8
+IMAGE_TOKENS, PROMPT_TOKENS = 4, 3
+TRAINING = Training(
+    steps=20,
+    global_batch_size=GLOBAL_BATCH,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    max_grad_norm=0.5,  # below what the gradients have, so clipping matters
+    ema_decay=0.9,
+)
+ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+Poison = Callable[[Tensor, Tensor], Tensor]  # (loss, the model's output) -> loss
+
+
+def transformer() -> FluxTransformer2DModel:
+    """A whole FLUX transformer of 60 thousand weights; some have an odd number of elements to none of two ranks."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def inputs(step: int, samples: slice, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Of a step's global batch, these samples and what they should become."""
+    generator = torch.Generator().manual_seed(step)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(GLOBAL_BATCH, *shape, generator=generator)[samples].to(dtype)
+
+    batch = {
+        "hidden_states": draw(IMAGE_TOKENS, 8),
+        "encoder_hidden_states": draw(PROMPT_TOKENS, 32),
+        "pooled_projections": draw(16),
+        "timestep": draw().sigmoid(),
+    }
+    return with_constants(batch), draw(IMAGE_TOKENS, 8).float()
+
+
+def with_constants(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    constants = {
+        "guidance": torch.ones(len(batch["timestep"])),
+        "img_ids": torch.zeros(IMAGE_TOKENS, 3),
+        "txt_ids": torch.zeros(PROMPT_TOKENS, 3),
+    }
+    return batch | constants
+
+
+def output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    result: Tensor = model(**batch, return_dict=False)[0]
+    return result.float()
+
+
+# --- the reference ---
+
+
+def train_plainly(steps: list[int]) -> tuple[FluxTransformer2DModel, EMA, torch.optim.AdamW, list[tuple[float, float]]]:
+    """What the engine must come to: plain PyTorch on whole batches, and each step's loss and gradient norm."""
+    model = transformer()
+    ema = EMA(model, TRAINING.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=TRAINING.adam_betas, weight_decay=TRAINING.weight_decay
+    )
+    seen = []
+    for step in steps:
+        batch, target = inputs(step, slice(None), torch.float32)
+        loss = (output(model, batch) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), TRAINING.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        optimizer.step()
+        ema.update(model)
+        seen.append((float(loss.detach()), float(norm)))
+    return model, ema, optimizer, seen
+
+
+def learning_rate(step: int) -> float:
+    return 1e-3 * min(1.0, (step + 1) / 5)
+
+
+# --- what each rank does ---
+
+
+def build(
+    training: Training = TRAINING, *, is_cut: bool = True, is_checkpointed: bool = False, **settings: Any
+) -> Zero3Engine:
+    whole = transformer()
+    with zero3_partitioned(training, **settings) if is_cut else nullcontext():
+        model = transformer()
+    if is_cut:
+        load_partitioned(model, whole.named_parameters())
+    if is_checkpointed:
+        model.enable_gradient_checkpointing()
+    return Zero3Engine(model, training, CPU, **settings)
+
+
+def take_step(engine: Zero3Engine, step: int, poison: Poison | None = None) -> StepOutcome:
+    precision = next(engine.model.parameters()).dtype
+    share = GLOBAL_BATCH // engine.world_size
+    mine = range(engine.rank * share, (engine.rank + 1) * share, TRAINING.micro_batch_size)
+    total = torch.zeros(())
+    for start in mine:
+        batch, target = inputs(step, slice(start, start + TRAINING.micro_batch_size), precision)
+        with engine.autocast():
+            prediction = output(engine.model, batch)
+        loss = (prediction - target).square().mean() / len(mine)
+        if poison is not None and engine.rank == engine.world_size - 1:
+            loss = poison(loss, prediction)
+        engine.backward(loss, is_last_micro_batch=start == mine[-1])
+        total += loss.detach()
+    return engine.step(learning_rate(step), total, stop_requested=step == 3 and engine.rank == 0)
+
+
+def train(
+    out: Path, steps: range, *, save_at: tuple[int, ...] = (), resume_from: Path | None = None, **settings: Any
+) -> list[StepOutcome]:
+    """Train, and save into out/STEP after so many finished steps, always after the last."""
+    engine = build(**settings)
+    assert resume_from is None or engine.load(resume_from) == steps.start
+    outcomes = []
+    for step in steps:
+        outcomes.append(take_step(engine, step))
+        if step + 1 in save_at or step + 1 == steps.stop:
+            assert engine.save(out / str(step + 1), step + 1)
+    return outcomes
+
+
+def nan_loss(loss: Tensor, prediction: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def infinite_loss(loss: Tensor, prediction: Tensor) -> Tensor:
+    return loss + torch.inf  # whose gradients are finite
+
+
+def nan_gradient(loss: Tensor, prediction: Tensor) -> Tensor:
+    return loss + (prediction.sum() * 0).sqrt()  # whose value is finite
+
+
+POISONS: tuple[Poison, ...] = (nan_loss, infinite_loss, nan_gradient)
+
+
+def train_through_poisons(out: Path) -> list[StepOutcome]:
+    """Steps 0 and 1, all poisons, step 5; saved before, between and after."""
+    engine = build()
+    for step in (0, 1):
+        take_step(engine, step)
+    engine.save(out / "before", 2)
+    outcomes = [take_step(engine, 2 + number, poison) for number, poison in enumerate(POISONS)]
+    engine.save(out / "poisoned", 2)
+    outcomes.append(take_step(engine, 5))
+    engine.save(out / "after", 6)
+    return outcomes
+
+
+def look_at_average(out: Path, **settings: Any) -> dict[str, Any]:
+    """The model's weights and outputs as they are, averaged, and again as they are."""
+    engine = build(**settings)
+    for step in range(3):
+        take_step(engine, step)
+    engine.save(out, 3)
+    batch, _ = inputs(9, slice(0, 2), torch.float32)
+    seen: dict[str, Any] = {"present": gathered(engine)}
+    with torch.no_grad():
+        seen["present output"] = output(engine.model, batch)
+    with engine.averaged_model() as model:
+        assert not model.training
+        seen["averaged"] = gathered(engine)
+        seen["averaged output"] = output(model, batch)
+        assert not seen["averaged output"].requires_grad
+    assert engine.model.training
+    seen["restored"] = gathered(engine)
+    with torch.no_grad():
+        seen["restored output"] = output(engine.model, batch)
+    take_step(engine, 3)  # and training goes on
+    return seen
+
+
+def named_parameters(engine: Zero3Engine) -> dict[str, Any]:
+    return dict(engine.model.module.named_parameters())  # type: ignore[union-attr]
+
+
+def gathered(engine: Zero3Engine) -> dict[str, Tensor]:
+    parameters = named_parameters(engine)
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def compare_with_local_api(out: Path) -> float:
+    """The sum of differences between the saved stretches and DeepSpeed's own documented view of them."""
+    engine = build()
+    take_step(engine, 0)
+    engine.save(out, 1)
+    dist.barrier()
+    checkpoint, difference = ShardedCheckpoint(out), 0.0
+    for name, parameter in named_parameters(engine).items():
+        local: dict[Kind, Tensor] = {
+            "weights": safe_get_local_fp32_param(parameter),
+            "exp_avg": safe_get_local_optimizer_state(parameter, "exp_avg"),
+            "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
+        }
+        start = parameter.partition_numel() * engine.rank
+        for kind, tensor in local.items():
+            saved = checkpoint.read(kind, name, start, start + len(tensor))
+            difference += float((tensor[: len(saved)] - saved).abs().sum())
+    return difference
+
+
+def validate_and_preview(shards: str) -> tuple[dict[str, float], Tensor]:
+    """The loop's validation of splits that ranks share unequally, or get nothing of, and its preview."""
+    engine = build(deepspeed_keys=ALL_GATHERED)
+    stage = Stage(engine.model, prepare_drawn, losses_of, partial(drawn_by, num_tokens=IMAGE_TOKENS), num_previews=3)
+    losses = {}
+    for split in ("validation", "test"):
+        stream = ShardStream(
+            shards,
+            split=split,
+            resolution=16,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=2,
+            seed=0,
+            rank=engine.rank,
+            world_size=engine.world_size,
+        )
+        losses[split] = loop.validation_loss(stage, engine, stream, micro_batch_size=1)
+    return losses, loop.preview(stage, engine)
+
+
+def prepare_drawn(batch: Batch, is_training: bool) -> Mapping[str, Tensor | None]:
+    return {
+        "hidden_states": randomness.normal(batch.seeds, "image", (IMAGE_TOKENS, 8)),
+        "encoder_hidden_states": randomness.normal(batch.seeds, "prompt", (PROMPT_TOKENS, 32)),
+        "pooled_projections": randomness.normal(batch.seeds, "pooled", (16,)),
+        "timestep": randomness.uniform(batch.seeds, "timestep"),
+    }
+
+
+def losses_of(model: nn.Module, **batch: Tensor) -> Tensor:
+    return output(model, with_constants(batch)).square().mean(dim=(1, 2))
+
+
+def drawn_by(model: nn.Module, which: Any, num_tokens: int) -> Tensor:
+    """Pictures of as many pixels as there are tokens."""
+    batch, _ = inputs(7, slice(0, GLOBAL_BATCH), torch.float32)
+    assert list(which)
+    pixels = output(model, {k: v[list(which)] if len(v) == GLOBAL_BATCH else v for k, v in batch.items()})
+    return (pixels.sigmoid() * 255).to(torch.uint8)[:, :num_tokens, :3].unsqueeze(1)
+
+
+# --- ranks ---
+
+
+def run_calls(rank: int, world_size: int, port: int, calls: list[Callable[[], Any]], out: Path) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:  # alone, the engine makes do without
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
+        )
+    torch.save([call() for call in calls], out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(world_size: int, out: Path, *calls: Callable[[], Any]) -> list[list[Any]]:
+    """The results of each call on each rank."""
+    out.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A fork server imports once for all ranks, before it has threads or a process group.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ranks = [
+        context.Process(target=run_calls, args=(rank, world_size, port, list(calls), out), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0] * world_size
+    by_rank = [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [list(results) for results in zip(*by_rank, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the fork server finds this module
+    yield tmp_path_factory.mktemp("zero3")
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, shards: str) -> dict[str, list[Any]]:
+    """All that two ranks do."""
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    bf16 = TRAINING.model_copy(update={"precision": "bf16"})
+    none = TRAINING.model_copy(update={"ema_decay": 0.0})
+    at = folder / "two"
+    calls: dict[str, Callable[[], Any]] = {
+        "straight": partial(train, at / "straight", range(20), save_at=(10,)),
+        "resumed, built whole": partial(
+            train, at / "resumed", range(10, 20), resume_from=at / "straight" / "10", is_cut=False
+        ),
+        "checkpointed": partial(
+            train, at / "checkpointed", range(6), is_checkpointed=True, deepspeed_keys=ALL_GATHERED
+        ),
+        "offloaded": partial(train, at / "offloaded", range(6), save_at=(3,), deepspeed_keys=offload),
+        "offloaded, resumed": partial(
+            train, at / "offloaded-resumed", range(3, 6), resume_from=at / "offloaded" / "3", deepspeed_keys=offload
+        ),
+        "bf16": partial(train, at / "bf16", range(12), save_at=(6,), training=bf16),
+        "bf16, resumed": partial(
+            train, at / "bf16-resumed", range(6, 12), resume_from=at / "bf16" / "6", training=bf16
+        ),
+        "bf16 states": partial(train, at / "states", range(12), save_at=(6,), training=bf16, optimizer_states="bf16"),
+        "bf16 states, resumed": partial(
+            train,
+            at / "states-resumed",
+            range(6, 12),
+            resume_from=at / "states" / "6",
+            training=bf16,
+            optimizer_states="bf16",
+        ),
+        "no average": partial(train, at / "none", range(4), training=none),
+        "poisoned": partial(train_through_poisons, at / "poisoned"),
+        "average": partial(look_at_average, at / "average"),
+        "average, all gathered": partial(look_at_average, at / "average-gathered", deepspeed_keys=ALL_GATHERED),
+        "local": partial(compare_with_local_api, at / "local"),
+        "validated": partial(validate_and_preview, shards),
+    }
+    return dict(zip(calls, on_ranks(2, at, *calls.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, shards: str, two: Any) -> dict[str, list[Any]]:
+    """All that one rank does: the same run, and five steps from the tenth of two ranks' on."""
+    at = folder / "one"
+    calls: dict[str, Callable[[], Any]] = {
+        "straight": partial(train, at / "straight", range(20)),
+        "resharded": partial(train, at / "resharded", range(10, 15), resume_from=folder / "two" / "straight" / "10"),
+        "average": partial(look_at_average, at / "average"),
+        "validated": partial(validate_and_preview, shards),
+    }
+    return dict(zip(calls, on_ranks(1, at, *calls.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path, shards: str, one: Any) -> dict[str, list[Any]]:
+    """All that four ranks do: the last five steps, from where one rank stopped."""
+    at = folder / "four"
+    calls: dict[str, Callable[[], Any]] = {
+        "resharded": partial(train, at / "resharded", range(15, 20), resume_from=folder / "one" / "resharded" / "15"),
+        "validated": partial(validate_and_preview, shards),
+    }
+    return dict(zip(calls, on_ranks(4, at, *calls.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return train_plainly(list(range(20)))
+
+
+# --- comparisons ---
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All that a checkpoint holds, whole."""
+    saved = ShardedCheckpoint(checkpoint)
+    kinds: tuple[Kind, ...] = ("weights", "ema", "exp_avg", "exp_avg_sq")
+    return {
+        f"{kind}/{name}": saved.read(kind, name, 0, saved.numel(name)).view(shape)
+        for kind in kinds
+        for name, shape in saved.state.shapes.items()
+        if saved.has(kind, name)
+    }
+
+
+def expected(reference: Any) -> dict[str, Tensor]:
+    model, ema, optimizer, _ = reference
+    parameters = dict(model.named_parameters())
+    return {
+        **{f"weights/{name}": parameter.detach() for name, parameter in parameters.items()},
+        **{f"ema/{name}": ema.average[name] for name in parameters},
+        **{
+            f"{moment}/{name}": optimizer.state[parameter][moment]
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, parameter in parameters.items()
+        },
+    }
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    assert len(found) > 50
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].float(), value.float(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_identical(found: Path, wanted: Path) -> None:
+    left, right = tensors(found), tensors(wanted)
+    assert left.keys() == right.keys()
+    assert len(left) > 50
+    assert all(left[name].dtype == right[name].dtype for name in left)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert ShardedCheckpoint(found).state == ShardedCheckpoint(wanted).state
+
+
+def losses_and_norms(outcomes: list[StepOutcome]) -> list[float]:
+    assert all(outcome.applied for outcome in outcomes)
+    return [value for outcome in outcomes for value in (outcome.loss, outcome.grad_norm)]
+
+
+def assert_like_plain(by_rank: list[list[StepOutcome]], plain: Any, steps: slice, tolerance: float = 1e-5) -> None:
+    reference = [value for seen in plain[3][steps] for value in seen]
+    for outcomes in by_rank:
+        assert losses_and_norms(outcomes) == pytest.approx(reference, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_any_number_of_ranks_is_plain_pytorch(
+    ranks: str, plain: Any, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    by_rank = request.getfixturevalue(ranks)["straight"]  # with accumulation: 4 micro-batches on one rank, 2 on two
+    assert_like_plain(by_rank, plain, slice(None))
+    assert_same(tensors(folder / ranks / "straight" / "20"), expected(plain), tolerance=1e-5)
+    assert [outcome.stop_requested for outcome in by_rank[-1]] == [step == 3 for step in range(20)]
+    weights = dict(read_parameters(folder / ranks / "straight" / "20", "weights"))
+    averages = dict(read_parameters(folder / ranks / "straight" / "20", "ema"))
+    assert weights.keys() == averages.keys() == dict(plain[0].named_parameters()).keys()
+    assert any(not torch.equal(weights[name], averages[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_resumed_is_bitwise_never_stopped(two: Any, folder: Path) -> None:
+    at = folder / "two"
+    assert_identical(at / "resumed" / "20", at / "straight" / "20")
+    assert_identical(at / "bf16-resumed" / "12", at / "bf16" / "12")
+    assert_identical(at / "states-resumed" / "12", at / "states" / "12")
+    assert_identical(at / "offloaded-resumed" / "6", at / "offloaded" / "6")
+    assert two["resumed, built whole"][0] == two["straight"][0][10:]
+    assert two["bf16, resumed"][0] == two["bf16"][0][6:]
+    assert two["bf16 states, resumed"][0] == two["bf16 states"][0][6:]
+
+
+@pytest.mark.slow
+def test_from_two_ranks_to_one_to_four(four: Any, one: Any, plain: Any, folder: Path) -> None:
+    assert_like_plain(one["resharded"], plain, slice(10, 15))
+    assert_like_plain(four["resharded"], plain, slice(15, 20))
+    assert_same(tensors(folder / "four" / "resharded" / "20"), expected(plain), tolerance=1e-5)
+    state = ShardedCheckpoint(folder / "four" / "resharded" / "20").state
+    assert (state.step, state.optimizer_steps, state.ema_updates) == (20, 20, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpointed", "offloaded"])
+def test_recomputed_activations_and_offloaded_states_change_nothing(two: Any, name: str, folder: Path) -> None:
+    reference = train_plainly(list(range(6)))
+    assert_like_plain(two[name], reference, slice(None))
+    assert_same(tensors(folder / "two" / name / "6"), expected(reference), tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "states"), [("bf16", torch.float32), ("states", torch.bfloat16)])
+def test_bf16(two: Any, plain: Any, folder: Path, name: str, states: torch.dtype) -> None:
+    """bf16 has 8 significant bits: losses stay within 1 % of float32, norms within 5 %."""
+    outcomes = two["bf16" if name == "bf16" else "bf16 states"][0]
+    for outcome, (loss, norm) in zip(outcomes, plain[3][:12], strict=True):
+        assert outcome.applied
+        assert outcome.loss == pytest.approx(loss, rel=0.01)
+        assert outcome.grad_norm == pytest.approx(norm, rel=0.05)
+    found = tensors(folder / "two" / name / "12")
+    assert {tensor.dtype for key, tensor in found.items() if key.startswith("ema/")} == {torch.float32}
+    assert {tensor.dtype for key, tensor in found.items() if not key.startswith("ema/")} == {states}
+
+
+@pytest.mark.slow
+def test_without_an_average_the_weights_are_their_own(two: Any, folder: Path) -> None:
+    checkpoint = folder / "two" / "none" / "4"
+    assert not any(name.startswith("ema/") for name in tensors(checkpoint))
+    weights, averages = (dict(read_parameters(checkpoint, which)) for which in ("weights", "ema"))
+    assert all(torch.equal(averages[name], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(two: Any, folder: Path) -> None:
+    for outcomes in two["poisoned"]:
+        assert [outcome.applied for outcome in outcomes] == [False, False, False, True]
+    at = folder / "two" / "poisoned"
+    assert_identical(at / "poisoned", at / "before")
+    # Nor does it leave anything behind: the next step is what it would have been.
+    assert_same(tensors(at / "after"), expected(train_plainly([0, 1, 5])), tolerance=1e-5)
+    state = ShardedCheckpoint(at / "after").state
+    assert (state.step, state.optimizer_steps, state.ema_updates) == (6, 3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "name", "at"),
+    [
+        ("one", "average", "average"),
+        ("two", "average", "average"),
+        ("two", "average, all gathered", "average-gathered"),
+    ],
+)
+def test_the_averaged_model(ranks: str, name: str, at: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    averages = dict(read_parameters(folder / ranks / at, "ema"))
+    weights = dict(read_parameters(folder / ranks / at, "weights"))
+    model = transformer().eval()
+    model.load_state_dict(averages)
+    batch, _ = inputs(9, slice(0, 2), torch.float32)
+    with torch.no_grad():
+        wanted = output(model, batch)
+    for seen in request.getfixturevalue(ranks)[name]:
+        assert seen["present"].keys() == averages.keys()
+        for key in averages:
+            assert torch.equal(seen["averaged"][key], averages[key])
+            assert torch.equal(seen["present"][key], weights[key])
+            assert torch.equal(seen["restored"][key], weights[key])
+        torch.testing.assert_close(seen["averaged output"], wanted, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(seen["averaged output"], seen["present output"], rtol=1e-3)
+        assert torch.equal(seen["restored output"], seen["present output"])
+
+
+@pytest.mark.slow
+def test_stretches_are_those_of_deepspeeds_own_api(two: Any) -> None:
+    assert two["local"] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_validation_and_previews_of_unequal_shares(one: Any, two: Any, four: Any) -> None:
+    ((losses, pixels),) = one["validated"]
+    assert losses.keys() == {"validation", "test"}
+    assert pixels.shape == (3, 1, IMAGE_TOKENS, 3)
+    for by_rank in (two["validated"], four["validated"]):
+        for found, _ in by_rank:
+            assert found == pytest.approx(losses, rel=1e-5)
+        assert (by_rank[0][1].int() - pixels.int()).abs().max() <= 1
+        assert all(len(drawn) == 0 for _, drawn in by_rank[1:])
+
+
+# --- loading ---
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    model = nn.Linear(3, 2)
+    load_partitioned(model, [("weight", torch.ones(2, 3)), ("bias", torch.ones(2))])
+    assert torch.equal(model.weight, torch.ones(2, 3))
+    with pytest.raises(UserError, match=r"Linear: bias is missing, gain is not expected, weight is \[3, 2\]"):
+        load_partitioned(model, [("weight", torch.ones(3, 2)), ("gain", torch.ones(2))])
+
+
+# --- keys ---
+
+
+def test_the_recipe_in_deepspeeds_words() -> None:
+    config = deepspeed_config(
+        TRAINING.model_copy(update={"precision": "bf16"}),
+        2,
+        keys={"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True, "train_batch_size": "auto"},
+    )
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"]
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert config["wall_clock_breakdown"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"gradient_clipping": 1.0},
+            "gradient_clipping 1.0 contradicts transformer.training.max_grad_norm 0.5",
+        ),
+        ({"train_batch_size": 16}, "train_batch_size 16 contradicts transformer.training.global_batch_size 8 ="),
+        ({"train_micro_batch_size_per_gpu": 1}, "micro_batch_size 2 x 2 workers x 2"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps 1 contradicts"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled True contradicts transformer.training.precision fp32"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled True contradicts transformer.training.precision fp32"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "contradicts transformer.optimizer_states fp32"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage 2 contradicts transformer.engine zero3"),
+        ({"zero_optimization": 3}, "zero_optimization is a block of keys, not 3"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: AdamW and its learning rate are set in transformer.training"),
+        ({"gradient_cliping": 0.5}, "gradient_cliping is no key of DeepSpeed's: did you mean gradient_clipping?"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean zero_optimization.overlap_comm?"),
+        ({"zero_optimization": {"sub_group_size": "x"}}, "sub_group_size: .* not 'x'"),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "offload_param.devise: .* not 'cpu'"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device nvme: .* give cpu"),
+    ],
+)
+def test_keys_that_contradict_or_are_unknown(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        deepspeed_config(TRAINING, 2, keys=keys)
+
+
+def test_offloaded_states_cannot_be_bf16() -> None:
+    keys = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    bf16 = TRAINING.model_copy(update={"precision": "bf16"})
+    with pytest.raises(UserError, match=r"offload_optimizer needs transformer\.optimizer_states fp32"):
+        deepspeed_config(bf16, 2, optimizer_states="bf16", keys=keys)
