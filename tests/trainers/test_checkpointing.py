@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
@@ -30,14 +30,19 @@ def tiny_transformer() -> FluxTransformer2DModel:
     )
 
 
-def loss_of(transformer: FluxTransformer2DModel) -> Tensor:
+def loss_of(transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of two images, 16 + 6 tokens each; `dtype` is the transformer's."""
     generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
     inputs = {
-        "latents": torch.randn(2, 4, 8, 8, generator=generator),
-        "noise": torch.randn(2, 4, 8, 8, generator=generator),
-        "sigmas": torch.rand(2, generator=generator),
-        "prompt_embeds": torch.randn(2, 6, 32, generator=generator),
-        "pooled_prompt_embeds": torch.randn(2, 16, generator=generator),
+        "latents": draw(4, 8, 8),
+        "noise": draw(4, 8, 8),
+        "sigmas": draw().sigmoid(),
+        "prompt_embeds": draw(6, 32).to(dtype),
+        "pooled_prompt_embeds": draw(16).to(dtype),
         "guidance": torch.ones(2),
     }
     return RectifiedFlowObjective()(transformer, **inputs).mean()

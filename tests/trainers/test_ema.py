@@ -34,3 +34,10 @@ def test_swapping_twice_gives_back_the_very_bits() -> None:
     ema.swap(model)
     assert torch.equal(model.weight, weight)
     assert torch.equal(ema.average["weight"], average)
+
+
+def test_frozen_weights_take_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    ema = EMA(model, decay=0.9)
+    assert set(ema.average) == {"1.weight", "1.bias"}

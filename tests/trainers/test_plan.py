@@ -1,7 +1,11 @@
 import json
+import multiprocessing
+import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
 
 import pytest
 import torch
@@ -14,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import UserError
 from tests.trainers.test_checkpointing import bytes_autograd_saves, loss_of, tiny_transformer
-from trainers.estimates import ZERO3_DEFAULTS
+from trainers.ema import EMA
+from trainers.estimates import ZERO3_DEFAULTS, parts_of
 from trainers.flux.architecture import FLUX_1_DEV, FLUX_1_SCHNELL
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import Counter, _count_pass, build_on_meta, footprint
 from trainers.hardware import GPUS
 from trainers.plan import Plan, check_fits, gpu_named, plan_flux, render
-from trainers.recipe import FluxRecipe, LoRA, load_recipe
+from trainers.recipe import FluxRecipe, LoRA, Training, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PARAMETERS = 11_901_408_320
@@ -167,6 +172,52 @@ def test_offloaded_states_are_those_deepspeed_estimates(pretrained: str) -> None
     assert bytes_of(plan, "weights") == pytest.approx(gpu_bytes - largest_layer, rel=1e-6)
     # DeepSpeed does not count that gradients lie there twice: accumulated, and handed to Adam.
     assert 2 * sum(part.host_bytes for part in plan.parts) == pytest.approx(cpu_bytes + 4 * PARAMETERS, rel=1e-6)
+
+
+def held_by_zero3(optimizer_states: Literal["fp32", "bf16"]) -> dict[str, int]:
+    """Bytes that one real rank holds after a step in bf16."""
+    from trainers.engines.zero3 import Zero3Engine  # it starts a process group, so this runs in a process of its own
+
+    training = Training(
+        steps=1, global_batch_size=2, micro_batch_size=2, learning_rate=1e-3, precision="bf16", ema_decay=0.9
+    )
+    engine = Zero3Engine(tiny_transformer(), training, torch.device("cpu"), optimizer_states=optimizer_states)
+    loss = loss_of(engine.model, torch.bfloat16)
+    engine.backward(loss, is_last_micro_batch=True)
+    assert engine.step(1e-3, loss, stop_requested=False).applied
+    flat, moments = engine._zero.fp32_partitioned_groups_flat, engine._optimizer.state.values()
+    return {
+        "weights": sum(parameter.ds_tensor.nbytes for parameter in engine._parameters.values()),
+        "gradients": engine._zero.grad_partitions_flat_buffer.nbytes,
+        "master weights and Adam's moments": sum(tensor.nbytes for tensor in flat)
+        + sum(moment[name].nbytes for moment in moments for name in ("exp_avg", "exp_avg_sq")),
+        "moving average": sum(tensor.nbytes for tensor in engine._average.values()),
+    }
+
+
+@pytest.mark.slow
+def test_states_are_those_that_a_real_rank_holds(pretrained: str) -> None:
+    config = TINY | {"num_layers": 2, "num_single_layers": 2}
+    counted = footprint(config, resolution=64, max_tokens=6, checkpointing="full")
+    kinds: list[Literal["fp32", "bf16"]] = ["fp32", "bf16"]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        held_by_kind = pool.map(held_by_zero3, kinds)
+    for kind, held in zip(kinds, held_by_kind, strict=True):
+        overrides = [f"transformer.optimizer_states={kind}", "transformer.training.ema_decay=0.9"]
+        recipe = recipe_of("flux-full-1xh200", pretrained, *overrides)
+        expected = {part.what: part.gpu_bytes for part in parts_of(recipe, counted, GPUS["h200"])}
+        assert held == {what: expected[what] for what in held}
+
+
+def test_adapters_are_held_as_the_plan_says(pretrained: str) -> None:
+    config = TINY | {"num_layers": 2, "num_single_layers": 2}
+    lora = LoRA(target_modules=("to_q",))
+    transformer = build_on_meta(config, lora, torch.bfloat16)
+    average = EMA(transformer, 0.9).average
+    counted = footprint(config, resolution=64, max_tokens=6, checkpointing="full", lora=lora)
+    parts = {part.what: part.gpu_bytes for part in parts_of(recipe_of("flux-lora", pretrained), counted, GPUS["h100"])}
+    assert sum(tensor.nbytes for tensor in average.values()) == parts["moving average"] == 4 * counted.trainable
+    assert parts["weights"] == 2 * (counted.parameters - counted.trainable) + 4 * counted.trainable
 
 
 def test_buckets_are_deepspeeds_defaults() -> None:

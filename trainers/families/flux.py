@@ -107,6 +107,10 @@ def _transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
                 target_modules=list(settings.lora.target_modules),
             )
         )
+        # peft gives adapters their base's precision, but bf16 would round small updates of trained weights away.
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return transformer
 
 
