@@ -9,3 +9,5 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # Ray Train collects reports this often; steps of tiny models should not wait for it.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+# Tiny models gain nothing from threads, and threads that wait for each other starve a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

