@@ -4,7 +4,8 @@
     optimizer.pt                          the optimizer's state_dict
     state.json                            step and update count; written last, so a folder without it is no checkpoint
 
-Not saved, because they are functions of the step: the data order, every random draw, the learning rate.
+Not saved: frozen weights, which are where they came from; and, because they are functions of the step, the data order,
+every random draw and the learning rate.
 """
 
 import json
@@ -16,33 +17,34 @@ import torch
 from torch import nn
 
 from cluster.errors import UserError
-from trainers.ema import EMA
+from trainers.ema import EMA, trained_state
+from trainers.sharded_checkpoint import mismatches
 
 
 def save(folder: Path, *, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
     """Write a checkpoint of `step` finished steps into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
-    )
+    weights = {name: value.contiguous() for name, value in trained_state(model).items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
     safetensors.torch.save_file(ema.average, folder / "ema.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     state = {"step": step, "ema_updates": ema.num_updates}
     (folder / "state.json").write_text(json.dumps(state) + "\n")
 
 
+@torch.no_grad()
 def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     """Restore what `save` wrote, in place, and return its step.
 
     Raises UserError when the folder is no checkpoint or belongs to another model.
     """
     state = _read_state(folder)
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise UserError(
-            f"checkpoint {folder} belongs to another model: {str(error).splitlines()[-1].strip()}"
-        ) from None
+    weights, trained = safetensors.torch.load_file(folder / "model.safetensors"), trained_state(model)
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (trained, weights)]
+    if differing := mismatches(expected=shapes[0], found=shapes[1]):
+        raise UserError(f"checkpoint {folder} belongs to another model: {differing}")
+    for name, value in weights.items():
+        trained[name].copy_(value)
     for name, value in safetensors.torch.load_file(folder / "ema.safetensors").items():
         ema.average[name].copy_(value)
     ema.num_updates = int(state["ema_updates"])

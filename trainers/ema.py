@@ -40,8 +40,11 @@ class EMA:
             self.average[name].copy_(present)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state less its frozen weights, which nothing changes and so nobody need keep."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {
-        name: value for name, value in model.state_dict().items() if value.is_floating_point() and name not in frozen
-    }
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in trained_state(model).items() if value.is_floating_point()}
