@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -41,7 +41,7 @@ def table_records(table_uri: str, images_uri: str, columns: Columns) -> Iterator
     return records_of(rows, images_uri, columns)
 
 
-def records_of(rows: list[Row], images_uri: str, columns: Columns) -> Iterator[Record]:
+def records_of(rows: Sequence[Row], images_uri: str, columns: Columns) -> Iterator[Record]:
     """Join the rows of each image, in the order in which images first appear.
 
     Tables sometimes name an image with its ending in one row and without it in another.
