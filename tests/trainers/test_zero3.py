@@ -30,6 +30,7 @@ from trainers import loop, randomness
 from trainers.ema import EMA
 from trainers.engines import StepOutcome
 from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
+from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.recipe import Training
 from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, read_parameters
 from trainers.stage import Stage
@@ -46,7 +47,10 @@ TRAINING = Training(
     max_grad_norm=0.5,  # below what the gradients have, so clipping matters
     ema_decay=0.9,
 )
-ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+ALL_GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # none is kept whole for being small
+SECOND_COPIES = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}}
+MANY_GROUPS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}}
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 Poison = Callable[[Tensor, Tensor], Tensor]  # (loss, the model's output) -> loss
 
 
@@ -128,15 +132,18 @@ def learning_rate(step: int) -> float:
 
 
 def build(
-    training: Training = TRAINING, *, is_cut: bool = True, is_checkpointed: bool = False, **settings: Any
+    training: Training = TRAINING,
+    *,
+    is_cut: bool = True,
+    checkpointing: CheckpointingMode = "none",
+    **settings: Any,
 ) -> Zero3Engine:
     whole = transformer()
     with zero3_partitioned(training, **settings) if is_cut else nullcontext():
         model = transformer()
     if is_cut:
         load_partitioned(model, whole.named_parameters())
-    if is_checkpointed:
-        model.enable_gradient_checkpointing()
+    set_activation_checkpointing(model, checkpointing)
     return Zero3Engine(model, training, CPU, **settings)
 
 
@@ -183,7 +190,7 @@ def nan_gradient(loss: Tensor, prediction: Tensor) -> Tensor:
     return loss + (prediction.sum() * 0).sqrt()  # whose value is finite
 
 
-POISONS: tuple[Poison, ...] = (nan_loss, infinite_loss, nan_gradient)
+POISONS: tuple[Poison, ...] = (nan_loss, nan_gradient, infinite_loss)  # the last leaves gradients that are good
 
 
 def train_through_poisons(out: Path) -> list[StepOutcome]:
@@ -343,7 +350,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def two(folder: Path, shards: str) -> dict[str, list[Any]]:
     """All that two ranks do."""
-    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     bf16 = TRAINING.model_copy(update={"precision": "bf16"})
     none = TRAINING.model_copy(update={"ema_decay": 0.0})
     at = folder / "two"
@@ -352,12 +358,13 @@ def two(folder: Path, shards: str) -> dict[str, list[Any]]:
         "resumed, built whole": partial(
             train, at / "resumed", range(10, 20), resume_from=at / "straight" / "10", is_cut=False
         ),
-        "checkpointed": partial(
-            train, at / "checkpointed", range(6), is_checkpointed=True, deepspeed_keys=ALL_GATHERED
+        "recomputed": partial(train, at / "recomputed", range(6), checkpointing="full", deepspeed_keys=ALL_GATHERED),
+        "partly recomputed": partial(
+            train, at / "partly recomputed", range(6), checkpointing="selective", deepspeed_keys=MANY_GROUPS
         ),
-        "offloaded": partial(train, at / "offloaded", range(6), save_at=(3,), deepspeed_keys=offload),
+        "offloaded": partial(train, at / "offloaded", range(6), save_at=(3,), deepspeed_keys=OFFLOADED),
         "offloaded, resumed": partial(
-            train, at / "offloaded-resumed", range(3, 6), resume_from=at / "offloaded" / "3", deepspeed_keys=offload
+            train, at / "offloaded-resumed", range(3, 6), resume_from=at / "offloaded" / "3", deepspeed_keys=OFFLOADED
         ),
         "bf16": partial(train, at / "bf16", range(12), save_at=(6,), training=bf16),
         "bf16, resumed": partial(
@@ -375,7 +382,8 @@ def two(folder: Path, shards: str) -> dict[str, list[Any]]:
         "no average": partial(train, at / "none", range(4), training=none),
         "poisoned": partial(train_through_poisons, at / "poisoned"),
         "average": partial(look_at_average, at / "average"),
-        "average, all gathered": partial(look_at_average, at / "average-gathered", deepspeed_keys=ALL_GATHERED),
+        "average, second copies": partial(look_at_average, at / "average-copies", deepspeed_keys=SECOND_COPIES),
+        "average, offloaded": partial(look_at_average, at / "average-offloaded", deepspeed_keys=OFFLOADED),
         "local": partial(compare_with_local_api, at / "local"),
         "validated": partial(validate_and_preview, shards),
     }
@@ -504,8 +512,8 @@ def test_from_two_ranks_to_one_to_four(four: Any, one: Any, plain: Any, folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["checkpointed", "offloaded"])
-def test_recomputed_activations_and_offloaded_states_change_nothing(two: Any, name: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["recomputed", "partly recomputed", "offloaded"])
+def test_what_saves_memory_changes_nothing(two: Any, name: str, folder: Path) -> None:
     reference = train_plainly(list(range(6)))
     assert_like_plain(two[name], reference, slice(None))
     assert_same(tensors(folder / "two" / name / "6"), expected(reference), tolerance=1e-5)
@@ -551,7 +559,8 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(two: Any, folder:
     [
         ("one", "average", "average"),
         ("two", "average", "average"),
-        ("two", "average, all gathered", "average-gathered"),
+        ("two", "average, second copies", "average-copies"),
+        ("two", "average, offloaded", "average-offloaded"),
     ],
 )
 def test_the_averaged_model(ranks: str, name: str, at: str, folder: Path, request: pytest.FixtureRequest) -> None:
@@ -645,6 +654,11 @@ def test_the_recipe_in_deepspeeds_words() -> None:
 def test_keys_that_contradict_or_are_unknown(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         deepspeed_config(TRAINING, 2, keys=keys)
+
+
+def test_a_batch_that_cannot_be_dealt_out() -> None:
+    with pytest.raises(UserError, match="global_batch_size 8 is not a multiple of micro_batch_size 2 x 3 workers"):
+        deepspeed_config(TRAINING, 3)
 
 
 def test_offloaded_states_cannot_be_bf16() -> None:

@@ -204,9 +204,9 @@ class Zero3Engine(Ranks):
         self._forget_whole_weights()
 
     def _forget_whole_weights(self) -> None:
-        """Small weights are kept whole, and ZeRO++ keeps second copies: they must be gathered anew."""
-        self._zero.invalidate_secondary_tensor()
+        """Small weights are kept whole, and ZeRO++ keeps second copies, made when whole weights are let go."""
         self._zero.empty_partition_cache()
+        self._zero.invalidate_secondary_tensor()
 
 
 @contextmanager
@@ -277,10 +277,16 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """What the recipe says, in DeepSpeed's words, together with further `keys` from `transformer.deepspeed`.
 
-    Raises UserError for a key that DeepSpeed does not know, or that contradicts what the recipe says elsewhere.
+    Raises UserError for a key that DeepSpeed does not know or that contradicts what the recipe says elsewhere, and for
+    a global batch that cannot be dealt out to the ranks.
     """
     has_bf16_states = optimizer_states == "bf16"
-    accumulation = training.global_batch_size // (training.micro_batch_size * world_size)
+    accumulation, remainder = divmod(training.global_batch_size, training.micro_batch_size * world_size)
+    if remainder:
+        raise UserError(
+            f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} x {world_size} workers"
+        )
     batches = (
         f"training.global_batch_size {training.global_batch_size} = "
         f"micro_batch_size {training.micro_batch_size} x {world_size} workers x {accumulation}"
