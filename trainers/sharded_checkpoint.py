@@ -155,7 +155,8 @@ def _open(path: Path) -> Any:
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, written tensor by tensor: the library's own writer first copies all of them to the host.
+    """A safetensors file, written tensor by tensor: the library's own writer refuses views that share a buffer, and
+    copies all tensors to the host before it begins.
 
     Format: header length (8 bytes, little-endian), header (JSON), the tensors' bytes.
     """

@@ -5,7 +5,6 @@ starting processes takes longer than these small models do.
 """
 
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -13,8 +12,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
 
 import deepspeed
 import pytest
@@ -37,7 +34,7 @@ from trainers.stage import Stage
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 8
-IMAGE_TOKENS, PROMPT_TOKENS = 4, 3
+IMAGE_TOKENS, PROMPT_TOKENS, CHANNELS = 4, 3, 7
 TRAINING = Training(
     steps=20,
     global_batch_size=GLOBAL_BATCH,
@@ -55,10 +52,10 @@ Poison = Callable[[Tensor, Tensor], Tensor]  # (loss, the model's output) -> los
 
 
 def transformer() -> FluxTransformer2DModel:
-    """A whole FLUX transformer of 60 thousand weights; some have an odd number of elements to none of two ranks."""
+    """A whole FLUX transformer of 77 thousand weights, one of 7 elements: ranks hold stretches of unequal lengths."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        in_channels=8,
+        in_channels=CHANNELS,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -78,12 +75,12 @@ def inputs(step: int, samples: slice, dtype: torch.dtype) -> tuple[dict[str, Ten
         return torch.randn(GLOBAL_BATCH, *shape, generator=generator)[samples].to(dtype)
 
     batch = {
-        "hidden_states": draw(IMAGE_TOKENS, 8),
+        "hidden_states": draw(IMAGE_TOKENS, CHANNELS),
         "encoder_hidden_states": draw(PROMPT_TOKENS, 32),
         "pooled_projections": draw(16),
         "timestep": draw().sigmoid(),
     }
-    return with_constants(batch), draw(IMAGE_TOKENS, 8).float()
+    return with_constants(batch), draw(IMAGE_TOKENS, CHANNELS).float()
 
 
 def with_constants(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -281,7 +278,7 @@ def validate_and_preview(shards: str) -> tuple[dict[str, float], Tensor]:
 
 def prepare_drawn(batch: Batch, is_training: bool) -> Mapping[str, Tensor | None]:
     return {
-        "hidden_states": randomness.normal(batch.seeds, "image", (IMAGE_TOKENS, 8)),
+        "hidden_states": randomness.normal(batch.seeds, "image", (IMAGE_TOKENS, CHANNELS)),
         "encoder_hidden_states": randomness.normal(batch.seeds, "prompt", (PROMPT_TOKENS, 32)),
         "pooled_projections": randomness.normal(batch.seeds, "pooled", (16,)),
         "timestep": randomness.uniform(batch.seeds, "timestep"),
@@ -341,10 +338,10 @@ def on_ranks(world_size: int, out: Path, *calls: Callable[[], Any]) -> list[list
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the fork server finds this module
-    yield tmp_path_factory.mktemp("zero3")
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where the fork server finds this module
+        patch.setenv("DS_ACCELERATOR", "cpu")  # also where there is a GPU
+        yield tmp_path_factory.mktemp("zero3")
 
 
 @pytest.fixture(scope="module")

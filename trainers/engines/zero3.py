@@ -30,8 +30,9 @@ from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
 from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, mismatches, stretch
 
-# DeepSpeed looks for an accelerator while it is imported, and says so on the terminal unless it is told which.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DeepSpeed looks for an accelerator while it is imported, and warns on the terminal that there is none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
