@@ -25,7 +25,7 @@ from trainers.worker import train_rank
 
 CAPTIONS = ("first", "second", "third", "fourth")
 NUM_STEPS = 700
-MIN_PSNR = 20.0  # dB
+MIN_PSNR = 25.0  # dB; 31 to 33 were seen
 
 
 @pytest.fixture
