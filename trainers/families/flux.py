@@ -10,7 +10,7 @@ from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
-from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
+from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
 from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.flux.export import export_adapters, export_pipeline
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
@@ -35,6 +35,14 @@ def check(recipe: FluxRecipe) -> Manifest:
         raise UserError(
             f"transformer.guidance_embedding: '{recipe.pretrained}' "
             f"{'is' if is_guided else 'is not'} told a guidance, so give {wanted}"
+        )
+    settings = recipe.transformer
+    if settings.engine == "zero3":
+        deepspeed_config(
+            settings.training,
+            recipe.cluster.num_workers,
+            optimizer_states=settings.optimizer_states,
+            keys=settings.deepspeed,
         )
     check_fits(recipe)
     manifest = Manifest.load(recipe.data.shards)
