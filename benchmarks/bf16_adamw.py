@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def round_stochastically(values: Tensor, noise: Tensor | None = None) -> Tensor:
     """float32 -> bf16, up or down with the probability that makes the expectation the value itself.
 
     A bf16 number is a float32 whose lower 16 bits are zero. Adding a uniform 16-bit number before they are cut off
     carries into the upper ones with probability (lower bits) / 2^16, which is the distance to the next lower neighbour.
+
+    Args:
+        noise: int32 in [0, 2^16), of the values' shape; drawn here unless given.
     """
-    noise = torch.randint(
-        0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )  # fmt: skip
+    if noise is None:
+        noise = torch.randint_like(values, 2**16, dtype=torch.int32)  # unlike randint, it compiles for any shape
     bits = (values.view(torch.int32) + noise) & -(2**16)
     return bits.view(torch.float32).to(torch.bfloat16)  # exact: the lower bits are zero
 
@@ -23,7 +25,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator | None = Non
 class Bf16AdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov & Hutter 2019, Alg. 2) at 6 bytes a parameter: weight and both moments.
 
-    Computed in float32, stored in bf16. With `compiled` an update is one kernel; without, a dozen.
+    Computed in float32, stored in bf16. Compiled, an update is one kernel instead of a dozen.
     """
 
     def __init__(
@@ -34,11 +36,19 @@ class Bf16AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         eps: float = 1e-8,
-        compiled: bool = False,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": learning_rate})
         self._constants = (learning_rate, *betas, weight_decay, eps)
-        self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compiled else _update
+        self._update: Callable[..., None] = _update
+        if compile_backend is not None:
+            self._update = torch.compile(_update, dynamic=True, backend=compile_backend)
+            # Compile here, and not in the thread that runs the backward pass, should updates come from there.
+            first = next(iter(self.param_groups[0]["params"]))
+            stand_in = torch.zeros(64, dtype=first.dtype, device=first.device, requires_grad=True)
+            stand_in.grad = torch.zeros_like(stand_in)
+            self.update(stand_in)
+            del self.state[stand_in]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

@@ -273,7 +273,7 @@ def make_optimizer(variant: Variant, parameters: list[nn.Parameter], setting: Se
         parameters,
         learning_rate=learning_rate,
         weight_decay=WEIGHT_DECAY,
-        compiled=setting.device.type == "cuda",
+        compile_backend=setting.compile_backend,
     )
 
 
@@ -516,7 +516,7 @@ def main() -> None:
         warmup=arguments.warmup,
         steps=arguments.steps,
         learning_rate=1e-3 if tiny else 1e-4,
-        compile_backend="aot_eager" if tiny else "inductor",
+        compile_backend="eager" if tiny else "inductor",
     )
     out = arguments.out or default_out()
     run(
