@@ -43,9 +43,12 @@ class Bf16AdamW(torch.optim.Optimizer):
         self._update: Callable[..., None] = _update
         if compile_backend is not None:
             self._update = torch.compile(_update, dynamic=True, backend=compile_backend)
-            # Compile here, and not in the thread that runs the backward pass, should updates come from there.
-            first = next(iter(self.param_groups[0]["params"]))
-            stand_in = torch.zeros(64, dtype=first.dtype, device=first.device, requires_grad=True)
+            self._compile_now(next(iter(self.param_groups[0]["params"])))
+
+    def _compile_now(self, like: Tensor) -> None:
+        """Compile for vectors and for matrices here, and not in the thread of a backward pass that updates."""
+        for shape in ((64,), (8, 8)):
+            stand_in = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
             stand_in.grad = torch.zeros_like(stand_in)
             self.update(stand_in)
             del self.state[stand_in]
