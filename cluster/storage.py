@@ -3,6 +3,7 @@
 Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_URL included), in each process anew.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from time import sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,11 +21,14 @@ import boto3
 import pyarrow.fs
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
 from cluster.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TRANSFER_THREADS = 8
+READ_PAUSES_SECONDS = (0.5, 2.0)
 
 
 class StorageError(UserError):
@@ -56,7 +61,7 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
         if is_remote(uri):
             end = "" if length is None else start + length - 1
             ranged = {} if (start, length) == (0, None) else {"Range": f"bytes={start}-{end}"}
-            data: bytes = _s3().get_object(**_location(uri), **ranged)["Body"].read()
+            data = _get(_location(uri) | ranged)
         else:
             with _path(uri).open("rb") as file:
                 file.seek(start)
@@ -64,6 +69,17 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ends early: asked for {length} bytes at {start}, got {len(data)}")
     return data
+
+
+def _get(request: dict[str, Any]) -> bytes:
+    """An object's bytes. boto3 asks again for what is refused, but not for a body that breaks off or stands still."""
+    for pause_seconds in READ_PAUSES_SECONDS:
+        try:
+            return bytes(_s3().get_object(**request)["Body"].read())
+        except (HTTPClientError, IncompleteReadError) as error:
+            logger.warning("reading s3://%s/%s again: %s", request["Bucket"], request["Key"], error)
+            sleep(pause_seconds)
+    return bytes(_s3().get_object(**request)["Body"].read())
 
 
 def write_bytes(uri: str, data: bytes) -> None:

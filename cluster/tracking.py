@@ -171,22 +171,22 @@ class Tracker:
         """What to type, or to open, to see the run."""
         if self.tracking_uri.startswith("http"):
             run = self.client.get_run(self.run_id)
-            return f"{_without_secrets(self.tracking_uri)}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {self.tracking_uri}"
+            return f"{without_secrets(self.tracking_uri)}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {without_secrets(self.tracking_uri)}"
 
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client, after one quick question to the server: mlflow itself would ask for minutes before it gives up."""
     if tracking_uri.startswith("http"):
         try:
-            urllib.request.urlopen(f"{_without_secrets(tracking_uri)}/health", timeout=10).close()
+            urllib.request.urlopen(f"{without_secrets(tracking_uri)}/health", timeout=10).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):  # asked again below, with credentials
-                raise UserError(f"{_without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
+                raise UserError(f"{without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise UserError(
-                f"no MLflow server answers at {_without_secrets(tracking_uri)} ({reason}): "
+                f"no MLflow server answers at {without_secrets(tracking_uri)} ({reason}): "
                 "start it, or mend MLFLOW_TRACKING_URI"
             ) from None
     return MlflowClient(tracking_uri)
@@ -262,8 +262,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
+    """The URI without user and password, fit for terminals, files and error messages."""
     parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri.rstrip("/")
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
@@ -276,4 +279,4 @@ def _explained(tracking_uri: str, what: str = "") -> Iterator[None]:
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in message or "403" in message:
             message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         place = f"{what} at " if what else ""
-        raise UserError(f"MLflow, {place}{_without_secrets(tracking_uri)}: {message}") from None
+        raise UserError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None

@@ -10,6 +10,8 @@ from cluster.errors import UserError
 from trainers.flux.export import export_pipeline
 from trainers.recipe import FluxRecipe, load_recipe
 
+CHECKPOINT = re.compile(r"step-(\d+)-of-(\d+)")
+
 
 def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal["ema", "weights"]) -> int:
     """Export the checkpoint of `step` (the latest, if None) of the FLUX run at `run` and return its step.
@@ -22,12 +24,12 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     stage = storage.join(run, "transformer")
-    found = re.findall(r"^(step-(\d+))/(?:rank-|state)", "\n".join(storage.list_files(stage)), flags=re.MULTILINE)
-    steps = {int(number): name for name, number in found}
+    steps = {int(name.split("-")[1]): name for name in _complete(storage.list_files(stage))}
     if not steps or (step is not None and step not in steps):
         there = ", ".join(str(number) for number in sorted(steps)) or "none"
         raise UserError(f"{run} has no checkpoint of step {step if step is not None else ''}: there are {there}")
     chosen = max(steps) if step is None else step
+    out.parent.mkdir(parents=True, exist_ok=True)
     with (
         storage.local_folder(storage.join(stage, steps[chosen])) as checkpoint,
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished,
@@ -37,3 +39,19 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
             out.rmdir()
         (Path(unfinished) / "model").rename(out)
     return chosen
+
+
+def _complete(names: list[str]) -> list[str]:
+    """Folders of checkpoints of which no rank's file is missing, among the files of a stage's folder.
+
+    One whose upload was cut off is no checkpoint, though it may be the latest.
+    """
+    files: dict[str, set[str]] = {}
+    for folder, _, name in (name.partition("/") for name in names):
+        files.setdefault(folder, set()).add(name)
+    return [
+        folder
+        for folder, there in files.items()
+        if (match := CHECKPOINT.fullmatch(folder))
+        and ("state.json" in there or sum(name.startswith("rank-") for name in there) == int(match[2]))
+    ]

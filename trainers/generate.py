@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import yaml
-from cluster.weights import local_weights
 from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, PngImagePlugin
 
 from cluster.errors import UserError
 from cluster.tracking import model_folder
+from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.msdm import MSDMPipeline
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.errors import UserError
-from cluster.tracking import Status, Tracker
+from cluster.tracking import Status, Tracker, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers.families import family_of
 from trainers.loop import DivergedError
@@ -103,7 +103,11 @@ def train_recipe(
 
 def emulated_precision(recipe: Recipe) -> str | None:
     """What to say when this machine's CPU would train in a precision that it cannot multiply in, else None."""
-    if recipe.cluster.use_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (
+        recipe.cluster.use_gpu
+        or not torch.backends.mkldnn.is_available()
+        or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return None
     family = family_of(recipe)
     stages = [stage for stage in family.STAGES if family.training_of(recipe, stage).precision == "bf16"]
@@ -117,7 +121,9 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
     """The MLflow run this run began with, if it is resumed; else a new one that says what will be done."""
     run.clear_stop()
     if previous := run.previous(recipe):
-        return Tracker.resume(previous["run_id"], previous["tracking_uri"])
+        # The record of a run names its server without a password; the environment may know that.
+        known, here = previous["tracking_uri"], default_tracking_uri()
+        return Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=run_name,
@@ -132,7 +138,7 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
         source=recipe.data.shards,
         context="training",
     )
-    run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": tracker.tracking_uri})
+    run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": without_secrets(tracker.tracking_uri)})
     return tracker
 
 
@@ -214,8 +220,13 @@ def _fit(
 
 
 def _hopeless(error: object) -> UserError | None:
-    """The user's mistake or the divergence behind a worker's failure, if it is one: no restart could mend it."""
+    """The user's mistake or the divergence behind a worker's failure, if it is one: no restart could mend it.
+
+    A storage that does not answer may do so in a minute.
+    """
     original = getattr(error, "_base_exc", error)
+    if isinstance(original, storage.StorageError) and not isinstance(original, storage.NotFoundError):
+        return None
     return UserError(str(original)) if isinstance(original, UserError | DivergedError) else None
 
 
@@ -232,7 +243,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
-            checkpoint_dir_name=f"step-{step:06d}",
+            # Ranks of another number of them must never find their files beside half of these.
+            checkpoint_dir_name=f"step-{step:06d}-of-{context.get_world_size()}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 

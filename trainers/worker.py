@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from cluster import storage
 from trainers.families import family_of
 from trainers.loop import Report, train
 from trainers.recipe import Recipe
@@ -52,9 +53,10 @@ def stop_signal(run: RunFolder, *, is_rank_zero: bool) -> Iterator[Callable[[], 
 
     def watch() -> None:
         while not done.wait(STOP_POLL_SECONDS):
-            if run.stop_requested():
-                asked.set()
-                return
+            with suppress(storage.StorageError):  # ask again in a second
+                if run.stop_requested():
+                    asked.set()
+                    return
 
     watcher = threading.Thread(target=watch, daemon=True)
     if is_rank_zero:

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from cluster.errors import UserError
-from data_shards import Settings, write_shards
+from data_shards import Settings, derive_seed, write_shards
 from data_shards.precompute import precompute
 from data_shards.sources import Columns
 from data_shards.sources.table import records_of
@@ -19,6 +19,7 @@ from tests.trainers.test_loop import CPU, Reports
 from trainers.families import flux
 from trainers.flux.export import write_safetensors
 from trainers.generate import load_model
+from trainers.pictures import to_pixels
 from trainers.recipe import FluxRecipe
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
@@ -141,3 +142,55 @@ def test_files_of_a_model_stay_below_the_limit_and_diffusers_reads_them(flux_fol
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
     assert loaded.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+
+def changed(document: dict[str, Any], *, training: dict[str, Any], **transformer: Any) -> FluxRecipe:
+    """The recipe with keys of `transformer` and of its `training` replaced."""
+    whole = {**document["transformer"], **transformer}
+    return FluxRecipe.model_validate({**document, "transformer": whole | {"training": whole["training"] | training}})
+
+
+def previews(pipeline: FluxPipeline, recipe: FluxRecipe) -> Tensor:
+    """The recipe's previews, drawn by a saved model: int32 [N, H, W, 3]."""
+    prompts = recipe.sampling.prompts
+    drawn = pipeline(
+        list(prompts),
+        height=recipe.data.resolution,
+        width=recipe.data.resolution,
+        num_inference_steps=recipe.sampling.num_inference_steps,
+        guidance_scale=recipe.sampling.guidance_scale,
+        max_sequence_length=recipe.max_tokens,
+        generator=[torch.Generator().manual_seed(derive_seed(recipe.seed, "preview", i)) for i in range(len(prompts))],
+        output_type="pt",
+    ).images
+    return to_pixels(drawn * 2 - 1).int()
+
+
+def test_bf16_trains_and_draws(flux_document: dict[str, Any], tmp_path: Path) -> None:
+    """As every recipe for GPUs does: the decoder must take what the transformer gives."""
+    recipe = changed(flux_document, engine="ddp", lora={"rank": 2}, training={"precision": "bf16", "steps": 2})
+    reports = Reports()
+    train_rank(recipe, "transformer", RunFolder(str(tmp_path / "run")), device=CPU, report=reports, resume_from=None)
+    assert reports.pixels[2].shape == (3, 32, 32, 3)
+    assert np.isfinite(reports.metrics[2]["validation_loss"])
+
+
+def test_adapters_draw_as_they_were_trained(flux_document: dict[str, Any], tmp_path: Path) -> None:
+    """Also with an alpha that is not the rank: the exported adapters on the pretrained model are the trained model."""
+    lora, training = {"rank": 2, "alpha": 16.0}, {"learning_rate": 3e-2, "ema_decay": 0.0}
+    recipe = changed(flux_document, engine="ddp", lora=lora, training=training)
+    run, reports = RunFolder(str(tmp_path / "run")), Reports()
+    train_rank(recipe, "transformer", run, device=CPU, report=reports, resume_from=None)
+    checkpoint = reports.checkpoints[6]
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000, "frozen weights need not be kept"
+    flux.export(recipe, "transformer", run, checkpoint, tmp_path / "adapters")
+    trained = reports.pixels[6].int()
+    drawn = previews(load_model(str(tmp_path / "adapters"), device="cpu").pipeline, recipe)
+    before = previews(load_model(recipe.pretrained, device="cpu").pipeline, recipe)
+    assert int((drawn - trained).abs().max()) <= 3  # of 255: embeddings are kept in bf16 for training
+    assert int((before - trained).abs().max()) > 20
+
+
+def test_replicas_are_not_trained_in_bf16_without_masters(flux_document: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="engine: ddp without lora"):
+        changed(flux_document, engine="ddp", training={"precision": "bf16"})

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import LoraConfig
 
 from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
@@ -12,7 +11,7 @@ from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
 from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
 from trainers.flux.checkpointing import set_activation_checkpointing
-from trainers.flux.export import export_adapters, export_pipeline
+from trainers.flux.export import export_adapters, export_pipeline, lora_config
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
 from trainers.flux.stages import transformer_stage
 from trainers.plan import check_fits
@@ -31,7 +30,7 @@ def training_of(recipe: FluxRecipe, stage: str) -> Training:
 def check(recipe: FluxRecipe) -> Manifest:
     is_guided = bool(transformer_config(recipe.pretrained)["guidance_embeds"])
     if is_guided != (recipe.transformer.guidance_embedding is not None):
-        wanted = "a number such as 1.0" if is_guided else "none"
+        wanted = "a number such as 1.0" if is_guided else "null"
         raise UserError(
             f"transformer.guidance_embedding: '{recipe.pretrained}' "
             f"{'is' if is_guided else 'is not'} told a guidance, so give {wanted}"
@@ -77,11 +76,12 @@ def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, wo
 
 
 def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
-    transformer = _transformer(recipe)
+    transformer = _transformer(recipe, device)
     set_activation_checkpointing(transformer, recipe.transformer.activation_checkpointing)
     vae, scheduler = load_decoding_parts(recipe.pretrained)
     prompts = PromptStore(recipe.data.precomputed, max_bytes=PROMPT_MEMORY_BYTES)
-    built = transformer_stage(recipe, transformer, vae.to(device), scheduler, prompts, device)
+    # FluxPipeline hands the decoder latents in the transformer's precision.
+    built = transformer_stage(recipe, transformer, vae.to(device, _precision(recipe)), scheduler, prompts, device)
     return built, _engine(recipe, transformer, device)
 
 
@@ -90,7 +90,11 @@ def export(recipe: FluxRecipe, stage: str, run: RunFolder, checkpoint: Path, out
     write(recipe, checkpoint, out)
 
 
-def _transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
+def _precision(recipe: FluxRecipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.transformer.training.precision == "bf16" else torch.float32
+
+
+def _transformer(recipe: FluxRecipe, device: torch.device) -> FluxTransformer2DModel:
     """The pretrained transformer; under ZeRO-3 this rank's part of each weight."""
     config, weights = transformer_config(recipe.pretrained), transformer_weights(recipe.pretrained)
     settings = recipe.transformer
@@ -101,20 +105,15 @@ def _transformer(recipe: FluxRecipe) -> FluxTransformer2DModel:
             transformer = FluxTransformer2DModel.from_config(config)
         load_partitioned(transformer, weights)
         return transformer
-    dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
-    transformer = FluxTransformer2DModel.from_config(config).to(dtype)
-    for name, weight in weights:
-        transformer.get_parameter(name).data.copy_(weight)
+    # On the device and in its precision from the start: the host would need 48 GB for each rank.
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    transformer = transformer.to(_precision(recipe)).to_empty(device=device)
+    load_partitioned(transformer, weights)
     if settings.lora is not None:
         transformer.requires_grad_(False)
         torch.manual_seed(recipe.seed)  # adapters begin the same on each rank
-        transformer.add_adapter(
-            LoraConfig(
-                r=settings.lora.rank,
-                lora_alpha=settings.lora.alpha,
-                target_modules=list(settings.lora.target_modules),
-            )
-        )
+        transformer.add_adapter(lora_config(settings.lora))
         # peft gives adapters their base's precision, but bf16 would round small updates of trained weights away.
         for parameter in transformer.parameters():
             if parameter.requires_grad:

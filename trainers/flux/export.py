@@ -10,11 +10,12 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import FluxPipeline
+from peft import LoraConfig
 from torch import Tensor
 
 from cluster.weights import local_weights
 from trainers.flux.load import transformer_config
-from trainers.recipe import FluxRecipe, dump_recipe
+from trainers.recipe import FluxRecipe, LoRA, dump_recipe
 from trainers.sharded_checkpoint import read_parameters
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -45,8 +46,15 @@ def export_adapters(recipe: FluxRecipe, checkpoint: Path, out: Path) -> None:
         name.replace(".default.", "."): value
         for name, value in safetensors.torch.load_file(checkpoint / "ema.safetensors").items()
     }
-    FluxPipeline.save_lora_weights(out, transformer_lora_layers=layers)
+    assert recipe.transformer.lora is not None
+    # Without its settings, an adapter would be read as if alpha were its rank.
+    settings = lora_config(recipe.transformer.lora).to_dict()
+    FluxPipeline.save_lora_weights(out, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
     (out / "recipe.yaml").write_text(dump_recipe(recipe))
+
+
+def lora_config(lora: LoRA) -> LoraConfig:
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
 
 
 def write_safetensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, max_file_bytes: int) -> None:

@@ -27,10 +27,11 @@ def transformer_stage(
 ) -> Stage:
     """Train `transformer`; previews draw the recipe's fixed prompts with the unmodified FluxPipeline.
 
-    Of `vae` only the decoder is used, and only by previews: images and captions were encoded beforehand.
+    Of `vae` only the decoder is used, and only by previews: images and captions were encoded beforehand. Its precision
+    is the one that the transformer computes in.
     """
     settings = recipe.transformer
-    dtype = torch.bfloat16 if settings.training.precision == "bf16" else torch.float32
+    dtype = vae.dtype
     side = recipe.data.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     guidance = settings.guidance_embedding
 

@@ -50,6 +50,8 @@ class FluxTransformer(Block):
     def _engine_fits(self) -> Self:
         if self.lora is not None and self.engine == "zero3":
             raise ValueError("lora trains few weights: give engine: ddp, zero3 would cut the frozen ones for nothing")
+        if self.engine == "ddp" and self.lora is None and self.training.precision == "bf16":
+            raise ValueError("engine: ddp without lora trains the weights as they are: give precision: fp32 or zero3")
         if self.engine == "ddp" and self.deepspeed:
             raise ValueError("engine: ddp does not read the keys under deepspeed; remove them, or give engine: zero3")
         if self.optimizer_states == "bf16" and (self.engine != "zero3" or self.training.precision != "bf16"):
