@@ -33,7 +33,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.bf16_adamw import Bf16AdamW
+from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.flux.architecture import FLUX_1_DEV
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import PIXELS_PER_LATENT, footprint

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bf16_adamw import Bf16AdamW, round_stochastically
 from benchmarks.flux_step import (
     MAX_GRAD_NORM,
     RESULTS,
@@ -24,6 +23,7 @@ from benchmarks.flux_step import (
     training_step,
     variants,
 )
+from trainers.engines.bf16_adamw import Bf16AdamW, round_stochastically
 from trainers.objectives import RectifiedFlowObjective
 
 ROOT = Path(__file__).parents[1]

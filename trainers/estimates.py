@@ -104,13 +104,12 @@ def _ddp_parts(recipe: FluxRecipe, counted: Footprint) -> Iterator[Part]:
 
 
 def checkpoint_bytes(recipe: FluxRecipe, counted: Footprint) -> float:
-    """Weights in the optimizer's precision, both moments, and the average; DDP writes the frozen weights, too."""
+    """Weights in the optimizer's precision, both moments, and the average, of what is trained."""
     average = 4 if recipe.transformer.training.ema_decay else 0
     if recipe.transformer.engine == "zero3":
         return (3 * _state_bytes(recipe) + average) * counted.parameters
-    low = _low_bytes(recipe)
-    trained = 4 if recipe.transformer.lora else low
-    return low * (counted.parameters - counted.trainable) + (3 * trained + average) * counted.trainable
+    trained = 4 if recipe.transformer.lora else _low_bytes(recipe)
+    return (3 * trained + average) * counted.trainable
 
 
 def _low_bytes(recipe: FluxRecipe) -> int:

@@ -19,6 +19,8 @@ from data_shards import derive_seed
 from trainers.msdm import MSDMPipeline
 
 RECIPE = "recipe.yaml"
+# Not what some models carry beside them for other programs, such as all weights once more in one file.
+PIPELINE_FILES = ("model_index.json", "*/*")
 ADAPTERS = "pytorch_lora_weights.safetensors"
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"MSDMPipeline": MSDMPipeline, "FluxPipeline": FluxPipeline}
 
@@ -43,7 +45,7 @@ def load_model(model_uri: str, device: str | None = None) -> Model:
     with model_folder(model_uri) as folder:
         recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
         if (folder / ADAPTERS).is_file() and recipe is not None:
-            with local_weights(recipe["pretrained"]) as base:
+            with local_weights(recipe["pretrained"], PIPELINE_FILES) as base:
                 pipeline = FluxPipeline.from_pretrained(base, **precision)
             pipeline.load_lora_weights(folder)
         else:

@@ -23,9 +23,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cluster.errors import UserError, nearest
+from data_shards import derive_seed
 from trainers import sharded_checkpoint
 from trainers.ema import ramped_decay
 from trainers.engines import StepOutcome
+from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
 from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, mismatches, stretch
@@ -65,13 +67,24 @@ class Zero3Engine(Ranks):
         _prepare_process()
         super().__init__(device)
         self._module = model.train()
-        self._optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=training.learning_rate,
-            betas=training.adam_betas,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer: torch.optim.Optimizer
+        if optimizer_states == "bf16":
+            self._optimizer = Bf16AdamW(
+                trained,
+                learning_rate=training.learning_rate,
+                betas=training.adam_betas,
+                weight_decay=training.weight_decay,
+                seed_of=lambda step: derive_seed("rounding", self.rank, step),
+            )
+        else:
+            self._optimizer = torch.optim.AdamW(
+                trained,
+                lr=training.learning_rate,
+                betas=training.adam_betas,
+                weight_decay=training.weight_decay,
+                fused=True,
+            )
         self._deepspeed, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -307,6 +320,7 @@ def deepspeed_config(
     }
     config: dict[str, Any] = {
         "data_types": {"grad_accum_dtype": optimizer_states if training.precision == "bf16" else "fp32"},
+        "zero_allow_untested_optimizer": True,  # Bf16AdamW: elementwise like AdamW, so it may be cut as that may
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing
     }
     _merge(config, keys)

@@ -40,7 +40,8 @@ class FluxTransformer(Block):
     engine: Literal["zero3", "ddp"] = "zero3"
     """zero3: weights, gradients and optimizer states cut over the ranks; ddp: a replica on each rank."""
     optimizer_states: Literal["fp32", "bf16"] = "fp32"
-    """Precision of master weights and Adam's moments; bf16 takes 10 bytes a parameter in place of 18."""
+    """Precision of master weights and Adam's moments. bf16 takes 10 bytes a parameter in place of 18, and rounds
+    stochastically."""
     lora: LoRA | None = None
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration, as they are."""
