@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import safetensors
-from cluster.weights import component_config, local_weights, weight_files
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 
 from cluster.errors import UserError
+from cluster.weights import component_config, local_weights, weight_files
 
 
 def transformer_config(pretrained: str) -> dict[str, object]:
