@@ -11,6 +11,7 @@ import yaml
 from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, PngImagePlugin
+from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
 from cluster.tracking import model_folder
@@ -39,6 +40,7 @@ def load_model(model_uri: str, device: str | None = None) -> Model:
     Raises UserError when there is no such model or it is of no known kind.
     """
     diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
+    transformers_logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
     precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
