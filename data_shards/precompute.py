@@ -358,7 +358,7 @@ def _load_vae(job: Job) -> Any:
     from diffusers import AutoencoderKL
 
     with local_weights(job.pretrained, ["vae/*"]) as folder, _loading("vae", job.pretrained):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
     return vae.to(job.device).eval()
 
 
@@ -392,6 +392,9 @@ def _encode_file(job: Job, encode: EncodePrompts, name: str, prompts: Sequence[s
 def _load_text_encoders(job: Job) -> EncodePrompts:
     """A function that encodes prompts to [B, L, D] and [B, P] as FluxPipeline does: T5 sees its padding unmasked."""
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # opening is quick; encoding has a bar of its own
 
     parts = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     how = {"dtype": getattr(torch, job.settings.dtypes["text_encoders"]), "use_safetensors": True}
