@@ -43,5 +43,23 @@ class Family(Protocol):
         ...
 
 
+def stream_from(
+    shards_uri: str, recipe: Recipe, training: Training, split: str, *, rank: int, world_size: int
+) -> ShardStream:
+    """A split of `shards_uri`, dealt out as `training` says; what else there is to say of data, the recipe does."""
+    return ShardStream(
+        shards_uri,
+        split=split,
+        resolution=recipe.data.resolution,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        horizontal_flip=recipe.data.horizontal_flip,
+        num_workers=recipe.data.num_workers,
+    )
+
+
 def family_of(recipe: Recipe) -> Family:
     return cast(Family, import_module(f"trainers.families.{recipe.family}"))

@@ -10,6 +10,7 @@ from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
 from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
+from trainers.families import stream_from
 from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.flux.export import export_adapters, export_pipeline, lora_config
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
@@ -61,18 +62,7 @@ def check(recipe: FluxRecipe) -> Manifest:
 
 def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
     training = recipe.transformer.training
-    return ShardStream(
-        recipe.data.precomputed,
-        split=split,
-        resolution=recipe.data.resolution,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        horizontal_flip=recipe.data.horizontal_flip,
-        num_workers=recipe.data.num_workers,
-    )
+    return stream_from(recipe.data.precomputed, recipe, training, split, rank=rank, world_size=world_size)
 
 
 def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:

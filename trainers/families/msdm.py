@@ -10,6 +10,7 @@ from cluster import storage
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
+from trainers.families import stream_from
 from trainers.msdm.export import export_pipeline, export_vae
 from trainers.msdm.stages import denoiser_stage, vae_stage
 from trainers.msdm.text_encoder import load_text_encoder
@@ -36,18 +37,7 @@ def check(recipe: MSDMRecipe) -> Manifest:
 
 def open_stream(recipe: MSDMRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
     training = training_of(recipe, stage)
-    return ShardStream(
-        recipe.data.shards,
-        split=split,
-        resolution=recipe.data.resolution,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        horizontal_flip=recipe.data.horizontal_flip,
-        num_workers=recipe.data.num_workers,
-    )
+    return stream_from(recipe.data.shards, recipe, training, split, rank=rank, world_size=world_size)
 
 
 def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
