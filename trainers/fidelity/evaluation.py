@@ -2,7 +2,7 @@
 
 EVALUATION/evaluation.json   this document; written last, so an evaluation that has it is whole
 EVALUATION/samples/          the generated images, 000000.png, ...
-EVALUATION/features/         what each extractor saw in them, in their order: LABEL.safetensors, `features` float32 [N, D]
+EVALUATION/features/         what each extractor saw, in order: LABEL.safetensors, `features` float32 [N, D]
 EVALUATION/report.html       the page for people
 """
 
