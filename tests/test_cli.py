@@ -85,7 +85,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "output is a file": (
         lambda here: ["generate", "--model", "m", "--prompt", "x", "--out", str(here / "recipe.yaml")],
-        "cannot write to .*recipe.yaml: File exists; choose another --out",
+        "cannot write .*recipe.yaml.*: File exists; choose another --out",
     ),
     "a bad share": (
         lambda here: ["shards", "write", "t.csv", "--out", "o", "--split", "train=much"],

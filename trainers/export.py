@@ -1,16 +1,14 @@
 """A checkpoint of a run, wherever it is, as a model in the diffusers layout."""
 
-import re
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from cluster import storage
 from cluster.errors import UserError
+from trainers.checkpoint_folders import complete_checkpoints
 from trainers.flux.export import export_pipeline
 from trainers.recipe import FluxRecipe, load_recipe
-
-CHECKPOINT = re.compile(r"step-(\d+)-of-(\d+)")
 
 
 def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal["ema", "weights"]) -> int:
@@ -24,7 +22,7 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another --out")
     stage = storage.join(run, "transformer")
-    steps = {int(name.split("-")[1]): name for name in _complete(storage.list_files(stage))}
+    steps = {int(name.split("-")[1]): name for name in complete_checkpoints(storage.list_files(stage))}
     if not steps or (step is not None and step not in steps):
         there = ", ".join(str(number) for number in sorted(steps)) or "none"
         raise UserError(f"{run} has no checkpoint of step {step if step is not None else ''}: there are {there}")
@@ -39,19 +37,3 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
             out.rmdir()
         (Path(unfinished) / "model").rename(out)
     return chosen
-
-
-def _complete(names: list[str]) -> list[str]:
-    """Folders of checkpoints of which no rank's file is missing, among the files of a stage's folder.
-
-    One whose upload was cut off is no checkpoint, though it may be the latest.
-    """
-    files: dict[str, set[str]] = {}
-    for folder, _, name in (name.partition("/") for name in names):
-        files.setdefault(folder, set()).add(name)
-    return [
-        folder
-        for folder, there in files.items()
-        if (match := CHECKPOINT.fullmatch(folder))
-        and ("state.json" in there or sum(name.startswith("rank-") for name in there) == int(match[2]))
-    ]

@@ -1,7 +1,8 @@
 """From a saved model to PNG files, for every family."""
 
+import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image, PngImagePlugin
 from transformers.utils import logging as transformers_logging
 
+from cluster import storage
 from cluster.errors import UserError
-from cluster.tracking import model_folder
 from cluster.weights import local_weights
 from data_shards import derive_seed
+from trainers.model_source import open_model
 from trainers.msdm import MSDMPipeline
 
 RECIPE = "recipe.yaml"
@@ -33,29 +35,56 @@ class Model:
     pipeline: DiffusionPipeline
     defaults: Mapping[str, Any]
 
+    def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults, with `settings` in their place. Raises UserError for a setting the model does not know."""
+        if unknown := sorted(settings.keys() - self.defaults.keys()):
+            raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(self.defaults)}")
+        return {**self.defaults, **settings}
+
+    def draw(
+        self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
+    ) -> list[Image.Image]:
+        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
+        arguments = self.arguments(settings)
+        images: list[Image.Image] = self.pipeline(
+            list(prompts),
+            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(prompts)},
+            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", number)) for number in numbers],
+        ).images
+        return images
+
 
 def load_model(model_uri: str, device: str | None = None) -> Model:
-    """Open a model on `device`, or on a GPU if there is one; `model_uri` as in cluster.tracking.model_folder.
+    """Open a model on `device`, or on a GPU if there is one; `model_uri` as in trainers.model_source.open_model.
 
     Raises UserError when there is no such model or it is of no known kind.
     """
+    with open_model(model_uri) as source:
+        return load_pipeline(source.folder, device, name=model_uri)
+
+
+def load_pipeline(folder: Path, device: str | None = None, *, name: str) -> Model:
+    """Open the model in a local folder; errors call it `name`."""
     diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
     transformers_logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
     precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    with model_folder(model_uri) as folder:
-        recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
-        if (folder / ADAPTERS).is_file() and recipe is not None:
-            with local_weights(recipe["pretrained"], PIPELINE_FILES) as base:
-                pipeline = FluxPipeline.from_pretrained(base, **precision)
-            pipeline.load_lora_weights(folder)
-        else:
-            kind = _pipeline_class(folder, model_uri)
-            pipeline = kind.from_pretrained(folder, **(precision if kind is FluxPipeline else {}))
+    recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
+    if (folder / ADAPTERS).is_file() and recipe is not None:
+        with local_weights(recipe["pretrained"], PIPELINE_FILES) as base:
+            pipeline = FluxPipeline.from_pretrained(base, **precision)
+        pipeline.load_lora_weights(folder)
+    else:
+        kind = _pipeline_class(folder, name)
+        pipeline = kind.from_pretrained(folder, **(precision if kind is FluxPipeline else {}))
     pipeline.set_progress_bar_config(disable=True)
     defaults = _flux_defaults(recipe) if isinstance(pipeline, FluxPipeline) else _msdm_defaults(pipeline)
     return Model(pipeline.to(device), defaults)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def generate(
@@ -77,12 +106,27 @@ def generate(
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
-    _check_writable(out)
+    try:
+        storage.check_writable(str(out))
+    except storage.StorageError as error:
+        raise UserError(f"{error}; choose another --out") from None
     model = load_model(model_uri, device)
-    arguments = {**model.defaults, **settings}
-    if unknown := sorted(arguments.keys() - model.defaults.keys()):
-        raise UserError(f"{model_uri} is not drawn with {', '.join(unknown)}: it knows {', '.join(model.defaults)}")
-    about = {
+    about = about_pictures(model_uri, prompt, seed, model.arguments(settings))
+    written: list[Path] = []
+    for start in range(0, num_images, batch_size):
+        numbers = range(start, min(start + batch_size, num_images))
+        for number, image in zip(
+            numbers, model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings), strict=True
+        ):
+            written.append(out / f"{number:04d}.png")
+            written[-1].write_bytes(png(image, about | {"number": str(number)}))
+        on_progress(len(written))
+    return written
+
+
+def about_pictures(model_uri: str, prompt: str, seed: int, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What a picture says of itself in its text fields."""
+    return {
         "Software": "medsynth",
         "Description": "Synthetic image, made by a generative model",
         "model": model_uri,
@@ -90,19 +134,16 @@ def generate(
         "seed": str(seed),
         **{name: str(value) for name, value in arguments.items()},
     }
-    written: list[Path] = []
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        drawn = model.pipeline(
-            [prompt] * len(numbers),
-            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(numbers)},
-            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", i)) for i in numbers],
-        )
-        for number, image in zip(numbers, drawn.images, strict=True):
-            written.append(out / f"{number:04d}.png")
-            _save(image, written[-1], about | {"number": str(number)})
-        on_progress(len(written))
-    return written
+
+
+def png(image: Image.Image, about: Mapping[str, str]) -> bytes:
+    """The picture as a PNG file with text fields."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, value)
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    return data.getvalue()
 
 
 def _pipeline_class(folder: Path, model_uri: str) -> type[DiffusionPipeline]:
@@ -146,19 +187,3 @@ def _flux_defaults(recipe: dict[str, Any] | None) -> dict[str, Any]:
         "width": resolution,
         "max_sequence_length": recipe["max_tokens"],
     }
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-
-
-def _save(image: Image.Image, path: Path, about: Mapping[str, str]) -> None:
-    png_info = PngImagePlugin.PngInfo()
-    for key, value in about.items():
-        png_info.add_itxt(key, value)
-    image.save(path, pnginfo=png_info)
