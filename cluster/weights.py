@@ -6,6 +6,7 @@ A model in the diffusers layout is a folder of components (`vae`, `transformer`,
 import hashlib
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 
 from cluster import storage
 from cluster.errors import UserError
@@ -84,6 +86,20 @@ def component_digest(pretrained: str, component: str) -> str:
         return _digest_below(storage.join(pretrained, component), pretrained)
     with local_weights(pretrained, [f"{component}/{pattern}" for pattern in DIGESTED]) as folder:
         return _digest_below(str(folder / component), pretrained)
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all configuration, vocabulary and weights of a model's folder."""
+    return _digest_below(str(folder), str(folder))
+
+
+def num_parameters(folder: Path) -> int:
+    """Numbers in all safetensors files below a model's folder, counted from their headers."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
 
 
 def _weight_names(pretrained: str, component: str) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -314,3 +314,16 @@ def read_samples(
         Encoded(first_index + i, members["__key__"], members, json.loads(members[ABOUT_MEMBER])["captions"])
         for i, members in enumerate(_expand(data, uri))
     ]
+
+
+def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
+    """The encoded images of some samples, by key; one read for each, so for a few. Raises UserError for a lost one."""
+    wanted, found = set(keys), {}
+    for shard in Manifest.load(shards_uri).shards:
+        for number, entry in enumerate(shard.samples):
+            if entry.key in wanted:
+                [sample] = read_samples(shards_uri, shard, number, number + 1)
+                found[entry.key] = next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members)
+    if missing := sorted(wanted - found.keys()):
+        raise UserError(f"{shards_uri} has no sample '{missing[0]}'")
+    return found

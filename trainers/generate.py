@@ -25,14 +25,17 @@ RECIPE = "recipe.yaml"
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
 PIPELINE_FILES = ("model_index.json", "*/*")
 ADAPTERS = "pytorch_lora_weights.safetensors"
-PIPELINES: dict[str, type[DiffusionPipeline]] = {"MSDMPipeline": MSDMPipeline, "FluxPipeline": FluxPipeline}
+INDEX = "model_index.json"
+FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
+FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
 
 
 @dataclass(frozen=True)
-class Model:
-    """A pipeline and how it draws unless it is told otherwise."""
+class Drawing:
+    """How a model draws unless it is told otherwise: known without its weights."""
 
-    pipeline: DiffusionPipeline
+    family: str
+    resolution: int
     defaults: Mapping[str, Any]
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +44,19 @@ class Model:
             raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(self.defaults)}")
         return {**self.defaults, **settings}
 
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that draws."""
+
+    pipeline: DiffusionPipeline
+    drawing: Drawing
+
     def draw(
         self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
     ) -> list[Image.Image]:
         """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
-        arguments = self.arguments(settings)
+        arguments = self.drawing.arguments(settings)
         images: list[Image.Image] = self.pipeline(
             list(prompts),
             **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(prompts)},
@@ -67,20 +78,41 @@ def load_pipeline(folder: Path, device: str | None = None, *, name: str) -> Mode
     """Open the model in a local folder; errors call it `name`."""
     diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
     transformers_logging.disable_progress_bar()
+    drawing = drawing_of(folder, name=name)
     device = device or default_device()
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
     precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else None
-    if (folder / ADAPTERS).is_file() and recipe is not None:
-        with local_weights(recipe["pretrained"], PIPELINE_FILES) as base:
+    if (folder / ADAPTERS).is_file():
+        with local_weights(_recipe(folder)["pretrained"], PIPELINE_FILES) as base:
             pipeline = FluxPipeline.from_pretrained(base, **precision)
         pipeline.load_lora_weights(folder)
+    elif drawing.family == "flux":
+        pipeline = FluxPipeline.from_pretrained(folder, **precision)
     else:
-        kind = _pipeline_class(folder, name)
-        pipeline = kind.from_pretrained(folder, **(precision if kind is FluxPipeline else {}))
+        pipeline = MSDMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    defaults = _flux_defaults(recipe) if isinstance(pipeline, FluxPipeline) else _msdm_defaults(pipeline)
-    return Model(pipeline.to(device), defaults)
+    return Model(pipeline.to(device), drawing)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, or adapters with the recipe that names theirs."""
+    return (folder / INDEX).is_file() or ((folder / ADAPTERS).is_file() and (folder / RECIPE).is_file())
+
+
+def drawing_of(folder: Path, *, name: str) -> Drawing:
+    """How the model in a local folder draws. Raises UserError, which calls it `name`, if it is of no known kind."""
+    if not is_model(folder):
+        raise UserError(f"{name} holds no diffusers pipeline: {INDEX} is not there")
+    if (folder / ADAPTERS).is_file():
+        return _flux_drawing(_recipe(folder))
+    index = json.loads((folder / INDEX).read_text())
+    kind = index["_class_name"]
+    kind = kind[-1] if isinstance(kind, list) else kind  # [file, class] where a pipeline brings its own code
+    if kind == MSDMPipeline.__name__:
+        return _msdm_drawing(folder, index)
+    if kind == FluxPipeline.__name__:
+        return _flux_drawing(_recipe(folder) if (folder / RECIPE).is_file() else None)
+    raise UserError(f"{name} holds a {kind}; known are {MSDMPipeline.__name__} and {FluxPipeline.__name__}")
 
 
 def default_device() -> str:
@@ -111,7 +143,7 @@ def generate(
     except storage.StorageError as error:
         raise UserError(f"{error}; choose another --out") from None
     model = load_model(model_uri, device)
-    about = about_pictures(model_uri, prompt, seed, model.arguments(settings))
+    about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
     written: list[Path] = []
     for start in range(0, num_images, batch_size):
         numbers = range(start, min(start + batch_size, num_images))
@@ -146,44 +178,32 @@ def png(image: Image.Image, about: Mapping[str, str]) -> bytes:
     return data.getvalue()
 
 
-def _pipeline_class(folder: Path, model_uri: str) -> type[DiffusionPipeline]:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{model_uri} holds no diffusers pipeline: model_index.json is not there")
-    name = json.loads(index.read_text())["_class_name"]
-    name = name[-1] if isinstance(name, list) else name  # [file, class] where a pipeline brings its own code
-    if name not in PIPELINES:
-        raise UserError(f"{model_uri} holds a {name}; known are {', '.join(PIPELINES)}")
-    return PIPELINES[name]
+def _recipe(folder: Path) -> dict[str, Any]:
+    recipe: dict[str, Any] = yaml.safe_load((folder / RECIPE).read_text())
+    return recipe
 
 
-def _msdm_defaults(pipeline: MSDMPipeline) -> dict[str, Any]:
-    return {
+def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
+    unet, vae = (json.loads((folder / component / "config.json").read_text()) for component in ("unet", "vae"))
+    defaults = {
         "negative_prompt": "",
-        "guidance_scale": pipeline.config.default_guidance_scale,
-        "num_inference_steps": pipeline.config.default_num_inference_steps,
+        "guidance_scale": index["default_guidance_scale"],
+        "num_inference_steps": index["default_num_inference_steps"],
     }
+    return Drawing("msdm", unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), defaults)
 
 
-def _flux_defaults(recipe: dict[str, Any] | None) -> dict[str, Any]:
-    """Of the recipe that made the model; without one, what FLUX.1-dev's authors advise."""
-    if recipe is None:
-        return {
-            "negative_prompt": "",
-            "guidance_scale": 3.5,
-            "true_cfg_scale": 1.0,
-            "num_inference_steps": 28,
-            "height": 1024,
-            "width": 1024,
-            "max_sequence_length": 512,
-        }
-    sampling, resolution = recipe["sampling"], recipe["data"]["resolution"]
-    return {
+def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:
+    """That of the recipe that made the model; without one, what FLUX.1-dev's authors advise."""
+    sampling: Mapping[str, Any] = recipe["sampling"] if recipe else FLUX_DEV_SAMPLING
+    resolution = recipe["data"]["resolution"] if recipe else FLUX_DEV_RESOLUTION
+    defaults = {
         "negative_prompt": "",
         "guidance_scale": sampling["guidance_scale"],
         "true_cfg_scale": sampling["true_cfg_scale"],
         "num_inference_steps": sampling["num_inference_steps"],
         "height": resolution,
         "width": resolution,
-        "max_sequence_length": recipe["max_tokens"],
+        "max_sequence_length": recipe["max_tokens"] if recipe else FLUX_DEV_MAX_TOKENS,
     }
+    return Drawing("flux", resolution, defaults)

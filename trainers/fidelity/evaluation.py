@@ -89,6 +89,9 @@ class Generation(Record):
     seed: int
     settings: dict[str, Any]
     """guidance_scale, num_inference_steps and what else the model was drawn with."""
+    images_per_prompt: int
+    batch_size: int
+    """Images drawn at a time: another batch size rounds another way."""
     resolution: int
     device: str
     seconds_per_image: float

@@ -1,0 +1,186 @@
+"""The images that are judged: drawn by a model or found in a folder, in shares that any number of workers take.
+
+A share that is done lies at EVALUATION/shares/, so an evaluation that was cut off goes on where it was.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from cluster import storage
+from cluster.errors import UserError
+from data_shards.decode import ImageError, open_image, to_rgb
+from trainers.fidelity.extractors import Extractor, open_extractor
+from trainers.generate import about_pictures, load_model, png
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+Share = Sequence[int]
+Pictures = Callable[[Share], list[tuple[Image.Image, Mapping[str, str]]]]
+"""Sample numbers -> (image, what its file says of it) of each."""
+
+
+class Source(Protocol):
+    """Where images come from. Sent to workers, each of which opens it once."""
+
+    def open(self) -> Pictures: ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images that a model draws: that of number i depends on the model, prompts[i], the seed and i alone."""
+
+    model_uri: str
+    prompts: tuple[str, ...]
+    seed: int
+    settings: Mapping[str, Any]
+    device: str
+
+    def open(self) -> Pictures:
+        model = load_model(self.model_uri, self.device)
+        arguments = model.drawing.arguments(self.settings)
+
+        def pictures(share: Share) -> list[tuple[Image.Image, Mapping[str, str]]]:
+            prompts = [self.prompts[number] for number in share]
+            images = model.draw(prompts, share, seed=self.seed, settings=self.settings)
+            about = [about_pictures(self.model_uri, prompt, self.seed, arguments) for prompt in prompts]
+            return [
+                (image, told | {"number": str(number)})
+                for image, told, number in zip(images, about, share, strict=True)
+            ]
+
+        return pictures
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images of a folder, whoever drew them, scaled and cropped to a square as real images are."""
+
+    folder: str
+    names: tuple[str, ...]
+    resolution: int
+
+    @classmethod
+    def in_folder(cls, folder: str, limit: int) -> "Found":
+        """The first `limit` images of a folder by name. Raises UserError if there are none."""
+        names = sorted(name for name in storage.list_files(folder) if name.lower().endswith(IMAGE_ENDINGS))
+        if not names:
+            raise UserError(f"{folder} holds neither a model nor images")
+        first = _read(storage.join(folder, names[0]))
+        return cls(folder, tuple(names[:limit]), min(first.size))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the images, in their order."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(hashlib.sha256(storage.read_bytes(storage.join(self.folder, name))).digest())
+        return digest.hexdigest()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What each image says it was drawn for; empty where it does not say."""
+        return tuple(str(_read(storage.join(self.folder, name)).info.get("prompt", "")) for name in self.names)
+
+    def open(self) -> Pictures:
+        def pictures(share: Share) -> list[tuple[Image.Image, Mapping[str, str]]]:
+            side = (self.resolution, self.resolution)
+            found = []
+            for name in (self.names[number] for number in share):
+                image = _read(storage.join(self.folder, name))
+                told = {key: value for key, value in image.info.items() if isinstance(value, str)}
+                found.append(
+                    (ImageOps.fit(to_rgb(image), side, method=Image.Resampling.LANCZOS), told | {"file": name})
+                )
+            return found
+
+        return pictures
+
+
+@dataclass(frozen=True)
+class ShareWorker:
+    """Makes a worker: a function that draws a share's images, extracts their features and puts both into `out`."""
+
+    source: Source
+    extractors: tuple[str, ...]
+    device: str
+    out: str
+
+    def __call__(self) -> Callable[[Share], None]:
+        pictures = self.source.open()
+        extractors = [open_extractor(uri, self.device) for uri in self.extractors]
+
+        def work(share: Share) -> None:
+            if storage.exists(share_uri(self.out, share)):
+                return
+            started = time.perf_counter()
+            drawn = pictures(share)
+            seconds = time.perf_counter() - started
+            for number, (image, about) in zip(share, drawn, strict=True):
+                storage.write_bytes(sample_uri(self.out, number), png(image, about))
+            pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image, _ in drawn])
+            seen = {"seconds": np.array([seconds])}
+            for extractor in extractors:
+                seen |= _features(extractor, pixels)
+            storage.write_bytes(share_uri(self.out, share), safetensors.numpy.save(seen))
+
+        return work
+
+
+def _features(extractor: Extractor, pixels: Tensor) -> dict[str, NDArray[np.float32]]:
+    return {extractor.label: extractor.features(pixels).numpy()}
+
+
+def shares_of(count: int, size: int) -> list[Share]:
+    """Numbers 0 to `count` in runs of `size`: fixed whoever works on them, for a batch of another size may round
+    another way."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def collect(out: str, shares: Sequence[Share]) -> dict[str, NDArray[np.float32]]:
+    """All shares' arrays in the order of samples; `seconds` is one number a share."""
+    parts = [safetensors.numpy.load(storage.read_bytes(share_uri(out, share))) for share in shares]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def begin(out: str, request: Mapping[str, Any]) -> None:
+    """Claim the folder for a request. Raises UserError if it holds one that differs."""
+    storage.check_writable(out)
+    marker = storage.join(out, "request.json")
+    asked = json.loads(json.dumps(request))
+    if storage.exists(marker):
+        begun = json.loads(storage.read_bytes(marker))
+        if changed := [key for key in asked if begun.get(key) != asked[key]]:
+            raise UserError(f"{out} holds an evaluation whose {', '.join(changed)} differ; choose another --out")
+    else:
+        storage.write_bytes(marker, json.dumps(asked, indent=1).encode())
+
+
+def sample_uri(out: str, number: int) -> str:
+    return storage.join(out, "samples", f"{number:06d}.png")
+
+
+def share_uri(out: str, share: Share) -> str:
+    return storage.join(out, "shares", f"{share[0]:06d}.safetensors")
+
+
+def _read(uri: str) -> Image.Image:
+    try:
+        return open_image(storage.read_bytes(uri))
+    except ImageError as error:
+        raise UserError(f"{uri}: {error}") from None
+
+
+def read_sample(out: str, number: int) -> Image.Image:
+    """A generated image, as it was written."""
+    return Image.open(io.BytesIO(storage.read_bytes(sample_uri(out, number))))
