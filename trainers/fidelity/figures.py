@@ -1,0 +1,100 @@
+"""How figures are named, grouped and written, the same in reports and in comparisons."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from trainers.fidelity.evaluation import STANDARD_EXTRACTORS, Measure
+
+GROUPS = {
+    "Fidelity": "how near the generated images come to real ones",
+    "Alignment": "whether images show what their prompts ask for",
+    "Diversity": "how much of the real images' variety is there",
+    "Memorisation": "whether training images were copied",
+    "Other": "",
+}
+MISSING = "–"
+MOST_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Metric:
+    label: str
+    group: str
+    is_share: bool = False
+    """Whether it lies between 0 and 1, so that such figures can be drawn on one scale."""
+
+
+METRICS = {
+    "fid": Metric("FID", "Fidelity"),
+    "fid_infinity": Metric("FID∞", "Fidelity"),
+    "kid": Metric("KID", "Fidelity"),
+    "cmmd": Metric("CMMD", "Fidelity"),
+    "inception_score": Metric("Inception score", "Fidelity"),
+    "precision": Metric("Precision", "Fidelity", is_share=True),
+    "f1": Metric("F1 of precision and recall", "Fidelity", is_share=True),
+    "density": Metric("Density", "Fidelity"),
+    "clip_score": Metric("CLIP score", "Alignment"),
+    "recall": Metric("Recall", "Diversity", is_share=True),
+    "coverage": Metric("Coverage", "Diversity", is_share=True),
+    "ms_ssim": Metric("MS-SSIM within a prompt", "Diversity", is_share=True),
+    "copy_rate": Metric("Copy rate", "Memorisation", is_share=True),
+}
+_ORDER = list(METRICS)
+
+
+def metric_of(name: str, measure: Measure) -> Metric:
+    """The metric behind a measure's name, which may end in the extractor's label: `fid_random_vgg`."""
+    bare = _bare_name(name, measure)
+    return METRICS.get(bare) or Metric(bare.replace("_", " ").capitalize(), _group_of(bare))
+
+
+def label_of(name: str, measure: Measure) -> str:
+    """For people: `FID` with the extractor it was published with, else `FID (random_vgg)`."""
+    label = metric_of(name, measure).label
+    is_plain = measure.extractor is None or STANDARD_EXTRACTORS.get(_bare_name(name, measure)) == measure.extractor
+    return label if is_plain else f"{label} ({measure.extractor})"
+
+
+def by_group(measures: Iterable[tuple[str, Measure]]) -> dict[str, list[tuple[str, Measure]]]:
+    """Named measures by group, groups and measures in the order people read them; no group is empty."""
+    groups: dict[str, list[tuple[str, Measure]]] = {group: [] for group in GROUPS}
+    for name, measure in sorted(measures, key=lambda item: _position(*item)):
+        groups[metric_of(name, measure).group].append((name, measure))
+    return {group: found for group, found in groups.items() if found}
+
+
+def decimals(values: Iterable[float], intervals: Iterable[tuple[float, float] | None] = ()) -> int:
+    """Decimals to write figures of one kind with: two digits of the narrowest interval, else four of the smallest."""
+    widths = [high - low for low, high in filter(None, intervals) if high > low]
+    if widths:
+        digits = 1 - _exponent(min(widths))
+    else:
+        digits = 3 - min((_exponent(abs(value)) for value in values if value), default=3)
+    return min(max(digits, 0), MOST_DECIMALS)
+
+
+def write(value: float, places: int) -> str:
+    """1234.5 -> 1,234.50 with two places; never a negative zero."""
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", "−")
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def _bare_name(name: str, measure: Measure) -> str:
+    return name.removesuffix(f"_{measure.extractor}") if measure.extractor else name
+
+
+def _group_of(bare_name: str) -> str:
+    return "Memorisation" if bare_name.startswith(("copy", "memorization", "nearest")) else "Other"
+
+
+def _position(name: str, measure: Measure) -> tuple[str, int, str]:
+    bare = _bare_name(name, measure)
+    return (measure.extractor or "", _ORDER.index(bare) if bare in METRICS else len(_ORDER), name)
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value))
