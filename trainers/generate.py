@@ -1,7 +1,8 @@
 """From a saved model to PNG files, for every family."""
 
+import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
-from cluster.tracking import model_folder
+from cluster.registry import model_folder
 from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.msdm import MSDMPipeline
@@ -33,9 +34,29 @@ class Model:
     pipeline: DiffusionPipeline
     defaults: Mapping[str, Any]
 
+    def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is drawn with. Raises UserError if it does not know a setting."""
+        arguments = {**self.defaults, **settings}
+        if unknown := sorted(arguments.keys() - self.defaults.keys()):
+            raise UserError(f"the model is not drawn with {', '.join(unknown)}: it knows {', '.join(self.defaults)}")
+        return arguments
+
+    def draw(
+        self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
+    ) -> list[Image.Image]:
+        """One picture for each prompt; that of number i depends on its prompt and on (seed, i) alone."""
+        arguments = self.arguments(settings)
+        drawn = self.pipeline(
+            list(prompts),
+            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(prompts)},
+            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", number)) for number in numbers],
+        )
+        images: list[Image.Image] = drawn.images
+        return images
+
 
 def load_model(model_uri: str, device: str | None = None) -> Model:
-    """Open a model on `device`, or on a GPU if there is one; `model_uri` as in cluster.tracking.model_folder.
+    """Open a model on `device`, or on a GPU if there is one; `model_uri` as in cluster.registry.model_folder.
 
     Raises UserError when there is no such model or it is of no known kind.
     """
@@ -79,10 +100,21 @@ def generate(
     """
     _check_writable(out)
     model = load_model(model_uri, device)
-    arguments = {**model.defaults, **settings}
-    if unknown := sorted(arguments.keys() - model.defaults.keys()):
-        raise UserError(f"{model_uri} is not drawn with {', '.join(unknown)}: it knows {', '.join(model.defaults)}")
-    about = {
+    about = about_pictures(model_uri, prompt, seed, model.arguments(settings))
+    written: list[Path] = []
+    for start in range(0, num_images, batch_size):
+        numbers = range(start, min(start + batch_size, num_images))
+        images = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings)
+        for number, image in zip(numbers, images, strict=True):
+            written.append(out / f"{number:04d}.png")
+            written[-1].write_bytes(png(image, about | {"number": str(number)}))
+        on_progress(len(written))
+    return written
+
+
+def about_pictures(model_uri: str, prompt: str, seed: int, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What a picture's file says of it."""
+    return {
         "Software": "medsynth",
         "Description": "Synthetic image, made by a generative model",
         "model": model_uri,
@@ -90,19 +122,16 @@ def generate(
         "seed": str(seed),
         **{name: str(value) for name, value in arguments.items()},
     }
-    written: list[Path] = []
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        drawn = model.pipeline(
-            [prompt] * len(numbers),
-            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(numbers)},
-            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", i)) for i in numbers],
-        )
-        for number, image in zip(numbers, drawn.images, strict=True):
-            written.append(out / f"{number:04d}.png")
-            _save(image, written[-1], about | {"number": str(number)})
-        on_progress(len(written))
-    return written
+
+
+def png(image: Image.Image, about: Mapping[str, str]) -> bytes:
+    """The image as a PNG file with text fields."""
+    png_info = PngImagePlugin.PngInfo()
+    for key, value in about.items():
+        png_info.add_itxt(key, value)
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=png_info)
+    return file.getvalue()
 
 
 def _pipeline_class(folder: Path, model_uri: str) -> type[DiffusionPipeline]:
@@ -155,10 +184,3 @@ def _check_writable(out: Path) -> None:
         (out / ".writable").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-
-
-def _save(image: Image.Image, path: Path, about: Mapping[str, str]) -> None:
-    png_info = PngImagePlugin.PngInfo()
-    for key, value in about.items():
-        png_info.add_itxt(key, value)
-    image.save(path, pnginfo=png_info)
