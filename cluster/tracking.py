@@ -1,12 +1,10 @@
-"""MLflow: runs, metrics, pictures, and the model registry. The only importer of mlflow.
+"""MLflow: runs, metrics and pictures. Models that came of them are in cluster/registry.py.
 
 Always a client with a run id, never MLflow's global run: several processes write to one run.
 """
 
 import io
 import os
-import re
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,8 +15,7 @@ from time import time
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from cluster import storage
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError
 
 # Read by mlflow when it is imported: its notices are not for our users' terminals.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -33,7 +30,6 @@ from PIL import Image
 
 T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-MODEL_FOLDER = "model"
 # MLflow refuses larger batches, longer values and longer digests.
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
@@ -71,7 +67,7 @@ class Tracker:
         """
         uri = tracking_uri or default_tracking_uri()
         client = connect(uri)
-        with _explained(uri):
+        with explained(uri):
             known = client.get_experiment_by_name(experiment)
             if known is None:
                 location = artifact_location or _local_artifacts(uri)
@@ -86,7 +82,7 @@ class Tracker:
     @classmethod
     def resume(cls, run_id: str, tracking_uri: str) -> "Tracker":
         """Go on with a run that was begun earlier."""
-        with _explained(tracking_uri):
+        with explained(tracking_uri):
             connect(tracking_uri).update_run(run_id, status="RUNNING")
         return cls(tracking_uri, run_id)
 
@@ -128,7 +124,7 @@ class Tracker:
 
     def read_text(self, artifact_file: str) -> str:
         uri = f"runs:/{self.run_id}/{artifact_file}"
-        return mlflow.artifacts.load_text(_artifact_uri(self.client, uri))
+        return mlflow.artifacts.load_text(artifact_uri(self.client, uri))
 
     def log_folder(self, folder: Path, artifact_path: str) -> None:
         self.client.log_artifacts(self.run_id, str(folder), artifact_path)
@@ -156,17 +152,6 @@ class Tracker:
         finally:
             monitor.finish()
 
-    def register(self, folder: Path, *, name: str, tags: Mapping[str, str]) -> int:
-        """Upload a model's folder to the run and make it the next version of a registered model."""
-        self.log_folder(folder, MODEL_FOLDER)
-        client = self.client
-        with _explained(self.tracking_uri):
-            if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
-            source = f"{client.get_run(self.run_id).info.artifact_uri}/{MODEL_FOLDER}"
-            version = client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags))
-        return int(version.version)
-
     def ui_command(self) -> str:
         """What to type, or to open, to see the run."""
         if self.tracking_uri.startswith("http"):
@@ -192,51 +177,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri)
 
 
-@contextmanager
-def model_folder(uri: str) -> Iterator[Path]:
-    """A local folder with a model: models:/NAME/VERSION, models:/NAME/latest, models:/NAME@ALIAS, runs:/ID/model,
-    or a folder or s3:// prefix. Raises UserError if there is no such model, naming those there are."""
-    if not uri.startswith(("models:/", "runs:/")):
-        with storage.local_folder(uri) as folder:
-            yield folder
-        return
-    tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
-    with tempfile.TemporaryDirectory() as temporary:
-        with _explained(tracking_uri, uri):
-            source = _model_source(client, uri) if uri.startswith("models:/") else _artifact_uri(client, uri)
-            downloaded = mlflow.artifacts.download_artifacts(
-                artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
-            )
-        yield Path(downloaded)
-
-
-def _model_source(client: MlflowClient, uri: str) -> str:
-    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+|latest)|@([\w.-]+))", uri)
-    if match is None:
-        raise UserError(f"{uri}: write models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
-    name, version, alias = match.groups()
-    versions = client.search_model_versions(f"name = '{name}'")
-    if not versions:
-        names = [model.name for model in client.search_registered_models()]
-        guess = nearest(name, names)
-        hint = f"did you mean '{guess}'? " if guess else ""
-        raise UserError(f"no model '{name}' is registered: {hint}there are {', '.join(names) or 'none'}")
-    by_number = {int(v.version): v for v in versions}
-    if version == "latest":
-        return str(by_number[max(by_number)].source)
-    if alias is not None:
-        aliases = client.get_registered_model(name).aliases
-        if alias not in aliases:
-            raise UserError(f"model '{name}' has no alias '{alias}': there are {', '.join(aliases) or 'none'}")
-        version = aliases[alias]
-    if int(version) not in by_number:
-        there = ", ".join(str(number) for number in sorted(by_number))
-        raise UserError(f"model '{name}' has no version {version}: there are {there}")
-    return str(by_number[int(version)].source)
-
-
-def _artifact_uri(client: MlflowClient, uri: str) -> str:
+def artifact_uri(client: MlflowClient, uri: str) -> str:
     """runs:/ID/path as the place where its artifact is."""
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     return f"{client.get_run(run_id).info.artifact_uri}/{path}"
@@ -271,12 +212,13 @@ def without_secrets(uri: str) -> str:
 
 
 @contextmanager
-def _explained(tracking_uri: str, what: str = "") -> Iterator[None]:
+def explained(tracking_uri: str, what: str = "") -> Iterator[None]:
+    """Turn what MLflow raises into one line that names the server and, where the user can do something, what."""
     try:
         yield
     except MlflowException as error:
         message = str(error).splitlines()[0]
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in message or "403" in message:
-            message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may do this"
         place = f"{what} at " if what else ""
         raise UserError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None

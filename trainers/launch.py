@@ -31,6 +31,7 @@ from trainers.families import family_of
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
+from trainers.registration import register_model
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
@@ -309,8 +310,7 @@ def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Track
     marker = storage.join(run.uri, "registered.json")
     if storage.exists(marker):
         return str(json.loads(storage.read_bytes(marker))["model_uri"])
-    with storage.local_folder(run.model(family_of(recipe).STAGES[-1])) as folder:
-        version = tracker.register(folder, name=name, tags={"manifest_digest": manifest.digest, "recipe": recipe.name})
+    version = register_model(recipe, manifest, run.model(family_of(recipe).STAGES[-1]), tracker, name=name)
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
     return model_uri

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.tracking import model_folder
+from cluster.registry import model_folder
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe

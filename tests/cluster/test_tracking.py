@@ -1,4 +1,4 @@
-"""Tracking: the record of a run, on SQLite alone and through a real server; and the way back from a model's name."""
+"""Tracking: the record of a run, on SQLite alone and through a real server."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from cluster.errors import UserError
-from cluster.tracking import Tracker, connect, model_folder
+from cluster.tracking import Tracker, connect
 from tests.servers import free_port
 
 
@@ -74,46 +74,6 @@ def test_pictures_are_kept_by_step(tracker: Tracker) -> None:
     names = [found.path for found in MlflowClient(tracker.tracking_uri).list_artifacts(tracker.run_id, "images")]
     for step in (10, 20):
         assert any("samples" in name and f"step+{step}+" in name and name.endswith(".png") for name in names), names
-
-
-def test_registered_models_are_found_by_version_alias_and_run(
-    tracker: Tracker, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    for version in (1, 2):
-        folder = tmp_path / f"v{version}"
-        (folder / "unet").mkdir(parents=True)
-        (folder / "unet" / "weights").write_text(str(version))
-        run = Tracker.start(experiment="models", run_name="r", tags={})
-        assert run.register(folder, name=name, tags={"k": "v"}) == version
-    MlflowClient(tracker.tracking_uri).set_registered_model_alias(name, "champion", "1")
-
-    def content(uri: str) -> str:
-        with model_folder(uri) as found:
-            return (found / "unet" / "weights").read_text()
-
-    assert content(f"models:/{name}/1") == "1"
-    assert content(f"models:/{name}/2") == "2"
-    assert content(f"models:/{name}/latest") == "2"
-    assert content(f"models:/{name}@champion") == "1"
-    assert content(f"runs:/{run.run_id}/model") == "2"
-    assert content(str(tmp_path / "v1")) == "1"
-
-    for wrong, said in {
-        f"models:/{name}x/1": f"did you mean '{name}'",
-        f"models:/{name}/7": "has no version 7: there are 1, 2",
-        f"models:/{name}@chamption": "has no alias 'chamption': there are champion",
-        f"models:/{name}": "write models:/NAME/VERSION",
-        f"runs:/{'0' * 32}/model": "not found",
-        str(tmp_path / "nowhere"): "there is no folder",
-    }.items():
-        with pytest.raises(UserError, match=said):
-            content(wrong)
-
-
-def test_no_model_at_all(tracking_uri: str) -> None:
-    with pytest.raises(UserError, match="no model 'x' is registered: there are none"), model_folder("models:/x/1"):
-        pass
 
 
 def test_system_metrics_are_recorded_under_the_node(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:

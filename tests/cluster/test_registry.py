@@ -1,0 +1,134 @@
+"""The registry: the way from a model's name to its files, aliases, tags and the lock, on SQLite and a real server."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cluster.errors import UserError
+from cluster.registry import RegisteredModel, model_folder, register
+from cluster.tracking import Tracker
+
+
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("tracking_uri"))
+    uri: str = request.getfixturevalue("mlflow_server")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+@pytest.fixture
+def name(store: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a model that no other test registers, in versions 1 and 2."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    for version in (1, 2):
+        assert register_version(version, name) == version
+    yield name
+    assert not MlflowClient().search_registered_models(f"name = '{name}.promoting'")
+
+
+def register_version(number: int, name: str) -> int:
+    folder = Path(f"v{number}")
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_text(str(number))
+    (folder / "card").write_text("of the pipeline")
+    beside = Path(f"beside{number}")
+    beside.mkdir()
+    (beside / "card").write_text(f"of version {number}")
+    tracker = Tracker.start(experiment="models", run_name="r", tags={})
+    version = register(tracker, [folder, beside], name=name, tags={"number": str(number)})
+    assert register(tracker, [folder, beside], name=name, tags={}) == version, "a run has one version"
+    return version
+
+
+def test_registered_models_are_found_by_version_alias_and_run(name: str) -> None:
+    model, second = RegisteredModel.of(f"models:/{name}/latest")
+    assert (second.number, second.tags) == (2, {"number": "2"})
+    model.point("champion", 1)
+    assert model.aliases() == {"champion": 1}
+
+    def content(uri: str) -> str:
+        with model_folder(uri) as found:
+            assert (found / "card").read_text().startswith("of version") or uri == "v1"
+            return (found / "unet" / "weights").read_text()
+
+    assert content(f"models:/{name}/1") == "1"
+    assert content(f"models:/{name}/2") == "2"
+    assert content(f"models:/{name}/latest") == "2"
+    assert content(f"models:/{name}@champion") == "1"
+    assert content(f"runs:/{second.run_id}/model") == "2"
+    assert content("v1") == "1"
+
+    for wrong, said in {
+        f"models:/{name}x/1": f"did you mean '{name}'",
+        f"models:/{name}/7": "has no version 7: there are 1, 2",
+        f"models:/{name}@chamption": "has no alias 'chamption': there are champion",
+        f"models:/{name}": "write models:/NAME/VERSION",
+        f"runs:/{'0' * 32}/model": "not found",
+        "nowhere": "there is no folder",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            content(wrong)
+
+
+def test_no_model_at_all(tracking_uri: str) -> None:
+    with pytest.raises(UserError, match="no model 'x' is registered: there are none"), model_folder("models:/x/1"):
+        pass
+
+
+def test_tags_are_added_and_replaced(name: str) -> None:
+    model, _ = RegisteredModel.of(f"models:/{name}/1")
+    model.tag(1, {"number": "one", "approved_by": "a reader"})
+    assert model.version(1).tags == {"number": "one", "approved_by": "a reader"}
+    assert model.version(2).tags == {"number": "2"}
+
+
+def test_one_lock_at_a_time_and_its_holder_is_named(name: str) -> None:
+    model, _ = RegisteredModel.of(f"models:/{name}/1")
+    with model.lock() as still_held:
+        still_held()
+        with pytest.raises(UserError, match=rf"is being promoted by .+@.+ since 2\d{{3}}-.*--unlock"), model.lock():
+            pass
+        still_held()
+    with model.lock():
+        pass
+
+
+def test_of_many_who_lock_at_once_one_does(name: str) -> None:
+    model, _ = RegisteredModel.of(f"models:/{name}/1")
+    start, leave = threading.Barrier(6), threading.Barrier(6)
+    locked: list[int] = []
+
+    def lock(number: int) -> None:
+        with ExitStack() as stack:
+            start.wait()
+            try:
+                stack.enter_context(model.lock())
+                locked.append(number)
+            except UserError:
+                pass
+            leave.wait()
+
+    threads = [threading.Thread(target=lock, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(locked) == 1
+
+
+def test_a_lock_whose_holder_died_is_removed_by_hand_and_the_holder_notices(name: str) -> None:
+    model, _ = RegisteredModel.of(f"models:/{name}/1")
+    assert not model.unlock()
+    with model.lock() as still_held:
+        assert model.unlock()
+        with model.lock():
+            with pytest.raises(UserError, match="the lock of .* was taken away"):
+                still_held()
+        with pytest.raises(UserError, match="was taken away"):
+            still_held()

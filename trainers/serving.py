@@ -1,0 +1,72 @@
+"""A registered model as MLflow serves it: rows of prompts in, one PNG file a row out.
+
+This file is stored with the model as its code (MLflow's models from code), so that no pickle is, and everything that
+it imports lies beside it in code/: `mlflow models serve -m models:/NAME@champion --env-manager local`.
+"""
+
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any
+
+import mlflow.models
+import pandas as pd
+from mlflow import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.types import ColSpec, Schema
+
+from cluster.errors import UserError
+from trainers.generate import about_pictures, load_model, png
+
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [
+            ColSpec("string", "prompt"),
+            ColSpec("double", "guidance_scale", required=False),
+            ColSpec("long", "num_inference_steps", required=False),
+            ColSpec("long", "seed", required=False),
+        ]
+    ),
+    # Over HTTP, MLflow writes binary columns in base64.
+    outputs=Schema([ColSpec("binary", "png")]),
+)
+SMALLEST = {"guidance_scale": 0, "num_inference_steps": 1, "seed": 0}
+
+
+class PromptToPNG(PythonModel):
+    """Draws each row by itself: its picture is the first that `medsynth generate` draws for the same prompt and seed.
+
+    What a row leaves out is the model's own; the seed is 0.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.model = load_model(context.artifacts["pipeline"])
+        self.model_uri = str(context.model_config["model_uri"])
+        self.one_at_a_time = Lock()  # MLflow answers requests on threads, and a pipeline has one noise scheduler
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
+        """[N] rows of SIGNATURE.inputs to [N] rows with the column `png`."""
+        return pd.DataFrame({"png": [self._png(row) for row in model_input.to_dict("records")]})
+
+    def _png(self, row: Mapping[str, Any]) -> bytes:
+        given = {name: value for name, value in row.items() if not pd.isna(value)}
+        prompt = given.pop("prompt", None)
+        if not isinstance(prompt, str):
+            raise _refused(f"prompt must be text, not {prompt!r}")
+        for name, value in given.items():
+            if value < SMALLEST[name]:
+                raise _refused(f"{name} must be at least {SMALLEST[name]}, not {value}")
+        seed = given.pop("seed", 0)
+        try:
+            with self.one_at_a_time:
+                (image,) = self.model.draw([prompt], [0], seed=seed, settings=given)
+        except UserError as error:
+            raise _refused(str(error)) from None
+        return png(image, about_pictures(self.model_uri, prompt, seed, self.model.arguments(given)))
+
+
+def _refused(message: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(message)  # HTTP 400
+
+
+mlflow.models.set_model(PromptToPNG())
