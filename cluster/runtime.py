@@ -3,13 +3,19 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from cluster.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Settings that workers on other machines need to find the same servers. Never credentials: those are each node's own.
 FORWARDED_VARIABLES = (
@@ -84,4 +90,115 @@ def check_capacity(*, num_workers: int, cpus_per_worker: int, gpus_per_worker: i
             raise UserError(
                 f"{num_workers} workers need {needed} {resource}s, the Ray cluster has {there}: "
                 "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
+            )
+
+
+def map_actors(
+    make_worker: Callable[[], Callable[[T], R]],
+    shares: Sequence[T],
+    *,
+    num_actors: int,
+    cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
+    max_retries: int = 3,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[R]:
+    """Yield the result of each share, in the order of `shares`, worked on by actors of the connected cluster.
+
+    Each of at most `num_actors` actors calls `make_worker` once, which may take long, and then takes the next share
+    whenever it is free; those that find no room on the cluster are not waited for. A share whose actor was killed is
+    done again by a fresh one, up to `max_retries` times. Results that are not yet their turn stay in Ray's object
+    store, where they may spill to disk. `on_done` is told (shares done, of how many). Work begins when the first
+    result is asked for, and the actors end with the iteration, however it ends.
+
+    Raises what a worker raises, as itself; UserError when no actor could ever be placed, or a share kills its actors.
+    """
+    _check_holds(CPU=cpus_per_actor, GPU=gpus_per_actor)
+    hire: Any = ray.remote(_Actor).options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor).remote
+    waiting = deque(range(len(shares)))
+    busy: dict[Any, tuple[Any, int | None, Any]] = {}  # end of a call: its actor, share (None: starting) and result
+    finished: dict[int, Any] = {}
+    deaths: Counter[int | None] = Counter()
+    upcoming = 0
+
+    def start() -> None:
+        actor = hire(make_worker)
+        busy[actor.__ray_ready__.remote()] = (actor, None, None)
+
+    def redo(share: int | None, error: RayError) -> None:
+        deaths[share] += 1
+        if deaths[share] > max_retries:
+            when = "starting" if share is None else f"at share {share} of {len(shares)}"
+            raise UserError(
+                f"an actor was lost {deaths[share]} times {when} ({str(error).strip().splitlines()[0]}): "
+                "give it more memory or less to do, and see the cluster's logs"
+            ) from error
+        if share is not None:
+            waiting.appendleft(share)
+        start()
+
+    def settle(end: Any) -> None:
+        actor, share, result = busy.pop(end)
+        try:
+            ray.get(end)
+        except RayTaskError as error:
+            ray.kill(actor)
+            raise error.cause from error
+        except RayError as error:  # the actor's process or machine is gone
+            ray.kill(actor)
+            redo(share, error)
+            return
+        if share is not None:
+            finished[share] = result
+            on_done(upcoming + len(finished), len(shares))
+        if not waiting:
+            ray.kill(actor)
+            return
+        share = waiting.popleft()
+        end, result = actor.work.options(num_returns=2).remote(shares[share])
+        busy[end] = (actor, share, result)
+
+    try:
+        for _ in range(min(num_actors, len(shares))):
+            start()
+        while upcoming < len(shares):
+            if busy:
+                ended, _ = ray.wait(list(busy), timeout=0 if upcoming in finished else None)
+                for end in ended:
+                    settle(end)
+            if upcoming in finished:
+                try:
+                    result = ray.get(finished.pop(upcoming))
+                except ObjectLostError as error:  # with the machine that kept it
+                    redo(upcoming, error)
+                    continue
+                upcoming += 1
+                yield result
+                del result  # may be large
+    finally:
+        for actor, _, _ in busy.values():
+            ray.kill(actor)
+
+
+class _Actor(Generic[T, R]):
+    """A process with a worker. A call's first value is small: it tells of its end before its result is fetched."""
+
+    def __init__(self, make_worker: Callable[[], Callable[[T], R]]) -> None:
+        self._make_worker = make_worker
+
+    @cached_property
+    def _worker(self) -> Callable[[T], R]:
+        return self._make_worker()
+
+    def work(self, share: T) -> tuple[None, R]:
+        return None, self._worker(share)
+
+
+def _check_holds(**needed: float) -> None:
+    total = ray.cluster_resources()
+    for resource, amount in needed.items():
+        if amount > total.get(resource, 0):
+            raise UserError(
+                f"an actor needs {amount:g} {resource}, the Ray cluster has {total.get(resource, 0):g}: "
+                "ask for less, or connect to a larger cluster with RAY_ADDRESS"
             )
