@@ -10,6 +10,7 @@ from rich.markup import escape
 from cluster.errors import UserError
 from data_shards.cli import app as shards
 from trainers import cli as trainers
+from trainers import evaluate_cli
 
 # A user's terminal is for our messages; libraries below speak up through exceptions.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +27,7 @@ app.add_typer(shards, name="shards", help="Turn a data set into shards, and look
 shards.command()(trainers.precompute)
 app.command()(trainers.train)
 app.command()(trainers.generate)
+app.command()(evaluate_cli.evaluate)
 app.command()(trainers.plan)
 app.command()(trainers.export)
 

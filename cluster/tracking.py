@@ -119,6 +119,14 @@ class Tracker:
         """The latest value of each metric."""
         return dict(self.client.get_run(self.run_id).data.metrics)
 
+    def params(self) -> dict[str, str]:
+        return dict(self.client.get_run(self.run_id).data.params)
+
+    def experiment(self) -> str:
+        """Name of the run's experiment."""
+        client = self.client
+        return str(client.get_experiment(client.get_run(self.run_id).info.experiment_id).name)
+
     def log_text(self, text: str, artifact_file: str) -> None:
         self.client.log_text(self.run_id, text, artifact_file)
 
@@ -158,6 +166,18 @@ class Tracker:
             run = self.client.get_run(self.run_id)
             return f"{without_secrets(self.tracking_uri)}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
         return f"mlflow ui --backend-store-uri {without_secrets(self.tracking_uri)}"
+
+
+def find_run(run_id: str) -> Tracker | None:
+    """A run to read from, if the server of this environment knows it."""
+    uri = default_tracking_uri()
+    try:
+        connect(uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return Tracker(uri, run_id)
 
 
 def connect(tracking_uri: str) -> MlflowClient:

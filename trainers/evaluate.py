@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from cluster import runtime, storage
 from cluster.errors import UserError
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from data_shards.stream import read_images
 from trainers.code_version import git_commit
+from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
     EVALUATION,
     Evaluation,
@@ -193,7 +194,7 @@ def evaluate(
         classes=class_measures(first, reference.features, prompts, reference.captions),
         neighbours=neighbours,
         extractors={extractor.label: extractor.record for extractor in extractors},
-        training=training_cost_of(subject.record.run_id),
+        training=cost_of_run(subject.record.run_id),
     )
     for extractor in extractors:
         features = safetensors.numpy.save({"features": seen[extractor.label]})
@@ -230,12 +231,12 @@ def measure_checkpoint(recipe: Recipe, folder: Path) -> dict[str, float]:
 
 def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
     """An MLflow run of its own for the evaluation at `out`, below the run that trained the model, if that is known."""
-    trained_by = evaluation.model.run_id
+    parent = find_run(evaluation.model.run_id) if evaluation.model.run_id else None
     tags = {"medsynth.kind": "evaluation", "model": evaluation.model.uri, "evaluation_folder": storage.absolute(out)}
     tracker = Tracker.start(
-        experiment=experiment_of(trained_by) or EXPERIMENT,
+        experiment=parent.experiment() if parent else EXPERIMENT,
         run_name=f"evaluate {evaluation.model.name}",
-        tags=tags | ({"mlflow.parentRunId": trained_by} if trained_by else {}),
+        tags=tags | ({"mlflow.parentRunId": parent.run_id} if parent else {}),
     )
     tracker.log_params(
         {"model": evaluation.model.uri} | evaluation.generation.model_dump() if evaluation.generation else {}

@@ -6,7 +6,6 @@ The only module of this folder that imports Ray.
 import io
 import json
 import platform
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.tracking import Status, Tracker, default_tracking_uri, without_secrets
 from data_shards import Manifest
+from trainers.code_version import git_commit
 from trainers.families import family_of
 from trainers.loop import DivergedError
 from trainers.pictures import grid
@@ -128,7 +128,7 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=run_name,
-        tags={"git_commit": _git_commit(), "manifest_digest": manifest.digest, "run_folder": run.uri},
+        tags={"git_commit": git_commit(), "manifest_digest": manifest.digest, "run_folder": run.uri},
         artifact_location=recipe.tracking.artifact_location,
     )
     tracker.log_params(recipe.model_dump(mode="json"))
@@ -314,14 +314,3 @@ def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Track
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
     return model_uri
-
-
-def _git_commit() -> str:
-    """The commit of the code that runs, with a + if it was changed since; 'unknown' outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL)
-        changes = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=here, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip() + ("+" if changes.strip() else "")

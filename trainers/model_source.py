@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.registry import model_folder
+from cluster.registry import RegisteredModel, model_folder
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe
@@ -36,8 +36,14 @@ def open_model(uri: str) -> Iterator[ModelSource]:
     Raises UserError if there is no such model.
     """
     if uri.startswith(("models:/", "runs:/")):
+        if uri.startswith("models:/"):
+            model, version = RegisteredModel.of(uri)
+            name, run_id = f"{model.name} {version.number}", version.run_id
+        else:
+            run_id = uri.removeprefix("runs:/").partition("/")[0]
+            name = f"run {run_id}"
         with model_folder(uri) as folder:
-            yield ModelSource(folder, uri, uri.split("/")[1] if uri.startswith("runs:/") else None)
+            yield ModelSource(folder, name, run_id)
         return
     place = uri.rstrip("/")
     if CHECKPOINT.fullmatch(place.rpartition("/")[2]):

@@ -62,7 +62,7 @@ class PromptToPNG(PythonModel):
                 (image,) = self.model.draw([prompt], [0], seed=seed, settings=given)
         except UserError as error:
             raise _refused(str(error)) from None
-        return png(image, about_pictures(self.model_uri, prompt, seed, self.model.arguments(given)))
+        return png(image, about_pictures(self.model_uri, prompt, seed, self.model.drawing.arguments(given)))
 
 
 def _refused(message: str) -> MlflowException:

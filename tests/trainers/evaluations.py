@@ -61,6 +61,8 @@ def made_evaluation(name: str = "msdm-medvqa-gi 3", **changes: Any) -> Evaluatio
         "generation": Generation(
             seed=0,
             settings={"guidance_scale": 4.0, "num_inference_steps": 50},
+            images_per_prompt=2,
+            batch_size=8,
             resolution=256,
             device="NVIDIA H100",
             seconds_per_image=0.42,

@@ -109,7 +109,13 @@ def test_true_guidance_and_embedded_guidance_both_change_the_picture(flux_folder
     model = load_model(str(flux_folder), device="cpu")
 
     def draw(**settings: Any) -> Tensor:
-        arguments = {**model.defaults, "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 16}
+        arguments = {
+            **model.drawing.defaults,
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 2,
+            "max_sequence_length": 16,
+        }
         images: Tensor = model.pipeline(
             "a polyp", **arguments | settings, generator=torch.Generator().manual_seed(0), output_type="pt"
         ).images

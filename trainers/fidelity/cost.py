@@ -1,9 +1,12 @@
 """What a run took to train, from what MLflow recorded of it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
+from cluster.tracking import find_run
 from trainers.fidelity.evaluation import TrainingCost
 
+POWER = re.compile(r"system/.*gpu_\d+_power_usage_watts")
 History = Sequence[tuple[int, float]]
 """(step, value) in the order of logging."""
 
@@ -37,4 +40,20 @@ def training_cost(
         gpu_hours=seconds / 3600 * num_workers,
         device="GPU" if on_gpus else "CPU process",
         energy_kwh=energy or None,
+    )
+
+
+def cost_of_run(run_id: str | None) -> TrainingCost:
+    """The cost of a training run; empty if it is not known here."""
+    run = find_run(run_id) if run_id else None
+    if run is None:
+        return TrainingCost()
+    params = run.params()
+    batch = ".training.global_batch_size"
+    return training_cost(
+        {key.removesuffix(batch): int(value) for key, value in params.items() if key.endswith(batch)},
+        run.metric_history,
+        num_workers=int(params.get("cluster.num_workers", 1)),
+        on_gpus=params.get("cluster.use_gpu") == "True",
+        power_keys=[name for name in run.last_metrics() if POWER.fullmatch(name)],
     )

@@ -79,7 +79,7 @@ class Extractor:
         """Pixels uint8 [B, H, W, 3] -> features float32 [B, record.dim] on the CPU."""
         with _exactly():
             features: Tensor = self.network(self.preprocessing(pixels).to(self.device))
-            return features.float().cpu()
+            return features.float().cpu().contiguous()  # safetensors writes memory as it lies
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, ShardEntry
 from data_shards.sample import IMAGE_MEMBERS
 from data_shards.stream import read_samples
-from trainers.fidelity.extractors import Extractor
+from trainers.fidelity.extractors import Extractor, open_extractor
 from trainers.pictures import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class ReferenceFeatures:
     """What an extractor saw of real images, in the manifest's order."""
 
     keys: tuple[str, ...]
-    captions: tuple[str, ...]
-    """One for each image, the first of its captions."""
+    captions: tuple[tuple[str, ...], ...]
+    """All captions of each image."""
     features: NDArray[np.float32]
     """[N, D]"""
     num_left_out: int
@@ -127,7 +128,7 @@ def extract_share(
     the bytes are not those of the manifest.
     """
     keys: list[str] = []
-    captions: list[str] = []
+    captions: list[tuple[str, ...]] = []
     batches: list[Tensor] = [torch.empty(0, extractor.record.dim)]
     for start in range(share.start, share.stop, batch_size):
         images: list[Tensor] = []
@@ -139,11 +140,26 @@ def extract_share(
                 logger.warning("sample %s of %s left out: %s", sample.key, shards_uri, error)
                 continue
             keys.append(sample.key)
-            captions.append(sample.captions[0])
+            captions.append(tuple(sample.captions))
         if images:
             batches.append(extractor.features(to_pixels(torch.stack(images))))
     features = torch.cat(batches).numpy()
     return ReferenceFeatures(tuple(keys), tuple(captions), features, share.stop - share.start - len(keys))
+
+
+@dataclass(frozen=True)
+class ReferenceWorker:
+    """Makes a worker that extracts shares, in whichever process it is called."""
+
+    extractor: str
+    """URI."""
+    device: str
+    shards_uri: str
+    resolution: int
+
+    def __call__(self) -> Callable[[Share], ReferenceFeatures]:
+        extractor = open_extractor(self.extractor, self.device)
+        return partial(extract_share, extractor=extractor, shards_uri=self.shards_uri, resolution=self.resolution)
 
 
 # --- the cache: one file, so that it is whole or not there ---
@@ -179,7 +195,7 @@ def _cached(place: str) -> ReferenceFeatures | None:
     except (SafetensorError, ValueError, KeyError) as error:
         logger.warning("features at %s are damaged and computed again: %s", place, error)
         return None
-    return ReferenceFeatures(tuple(keys), tuple(captions), tensors["features"].numpy(), num_left_out)
+    return ReferenceFeatures(tuple(keys), tuple(map(tuple, captions)), tensors["features"].numpy(), num_left_out)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> Tensor:

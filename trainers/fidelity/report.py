@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -76,9 +75,9 @@ def write_report(
     prompts: Sequence[PromptRow],
     pairs: Sequence[CopyPair],
     feature_map: FeatureMap | None,
-    out: Path,
+    out: str,
 ) -> None:
-    """Write the page. Raises ValueError if an image is neither PNG nor JPEG, StorageError if `out` is not writable."""
+    """Write the page to a path or s3:// address. Raises ValueError if an image is neither PNG nor JPEG."""
     environment = Environment(
         loader=PackageLoader("trainers.fidelity"),
         autoescape=True,
@@ -101,7 +100,7 @@ def write_report(
         map=_drawn(feature_map) if feature_map is not None else None,
         command=repeat_command(evaluation),
     )
-    storage.write_bytes(str(out), html.encode())
+    storage.write_bytes(out, html.encode())
 
 
 def repeat_command(evaluation: Evaluation) -> str:

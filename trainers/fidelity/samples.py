@@ -95,10 +95,10 @@ class Found:
     def open(self) -> Pictures:
         def pictures(share: Share) -> list[tuple[Image.Image, Mapping[str, str]]]:
             side = (self.resolution, self.resolution)
-            found = []
+            found: list[tuple[Image.Image, Mapping[str, str]]] = []
             for name in (self.names[number] for number in share):
                 image = _read(storage.join(self.folder, name))
-                told = {key: value for key, value in image.info.items() if isinstance(value, str)}
+                told = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
                 found.append(
                     (ImageOps.fit(to_rgb(image), side, method=Image.Resampling.LANCZOS), told | {"file": name})
                 )
