@@ -5,8 +5,9 @@ mean, and shrink every nearest-neighbour ball. So what compares two sets is resa
 replicate takes a random half of either set (the delete-half jackknife: Shao & Wu 1989, Annals of Statistics 17(3);
 subsampling: Politis & Romano 1994, Annals of Statistics 22(4)). The value on half a set scatters around the value on
 the whole as the latter scatters around its expectation: Var(θ_n/2 | data) ≈ 2σ²/n · (1 - 1/2) = σ²/n. Only the scatter
-is taken from the replicates; the interval is laid around the value on all images, and is about its expectation at
-those numbers of images, whatever bias a metric has there.
+is taken from the replicates: the interval is the value on all images ± 1.96 of their standard deviation, and is about
+its expectation at those numbers of images, whatever bias a metric has there. By simulation (tests, Gaussians) it holds
+that in 95 to 98 % of cases, and oftener where two sets hardly differ.
 
 Means over images have no such trouble and are resampled with replacement.
 """
@@ -26,6 +27,7 @@ from trainers.fidelity.statistics import Features, Float64
 MAX_ROWS = 1000
 """Of either set, beyond which intervals come from a random subset, so that their cost is bounded."""
 PERCENTILES = (2.5, 97.5)
+Z = 1.96
 PAIRED_METRICS = ("fid", "kid", "cmmd", *ManifoldScores._fields)
 
 Interval = tuple[float, float]
@@ -60,9 +62,11 @@ def half_sample_intervals(
         ]
     )  # [num_bootstrap, K]
     narrowing = np.sqrt(max(len(rows) / n, len(columns) / m))
-    deviations = (replicates - replicates.mean(axis=0)) * narrowing
-    low, high = np.percentile(deviations, PERCENTILES, axis=0)
-    return [(float(v - h), float(v - d)) for v, d, h in zip(np.atleast_1d(values), low, high, strict=True)]
+    margins = Z * replicates.std(axis=0, ddof=1) * narrowing
+    return [
+        (float(value - margin), float(value + margin))
+        for value, margin in zip(np.atleast_1d(values), margins, strict=True)
+    ]
 
 
 def paired_difference(

@@ -237,7 +237,6 @@ def memorization_measures(
     train_keys: Sequence[str],
     *,
     seed: int,
-    num_bootstrap: int = 500,
 ) -> tuple[dict[str, Measure], tuple[Neighbour, ...]]:
     """Copy rate, nearest distance and the train-versus-held-out test; and the nearest pairs, nearest first.
 
@@ -257,46 +256,39 @@ def memorization_measures(
         threshold.honest_rate > COPY_QUANTILE
     )
 
-    def measure(value: float, interval: Interval | None, count: int, num_real: int, about: str) -> Measure:
-        return Measure(
-            value=value,
-            interval=interval,
+    low, high = _exact_interval(bias.is_nearer_to_training)
+    n, num_train, num_held_out = len(generated), len(train), len(held_out)
+    measures = {
+        "copy_rate": Measure(
+            value=float(is_copy.mean()),
+            interval=_exact_interval(is_copy),
             better="lower",
             extractor=label,
-            num_generated=count,
-            num_real=num_real,
-            about=about,
-        )
-
-    n, num_train, tested = len(generated), len(train), len(bias.scores)
-    # Exact, not bootstrapped: resampling no copies would promise that there are none.
-    exact = binomtest(int(is_copy.sum()), n).proportion_ci()
-    measures = {
-        "copy_rate": measure(
-            float(is_copy.mean()),
-            (float(exact.low), float(exact.high)),
-            n,
-            num_train,
-            f"share of images within {threshold.distance:.3g} of a training image, where {threshold.honest_rate:.2%} "
-            f"of new real images would be (by {threshold.num_held_out} held-out ones{few}); interval exact",
+            num_generated=n,
+            num_real=num_train,
+            about=f"share of images within {threshold.distance:.3g} of a training image, where "
+            f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out ones{few}); interval exact",
         ),
-        "nearer_to_training": measure(
-            bias.value,
-            mean_interval(bias.scores, seed=seed, num_bootstrap=num_bootstrap),
-            tested,
-            2 * bias.size,
-            f"share nearer to a training image than to any held-out one, of {bias.size} each: 0.5 is chance (after "
-            "Meehan et al. 2020)",
+        "nearer_to_training": Measure(
+            value=bias.at_equal_sizes(bias.share),
+            interval=(bias.at_equal_sizes(low), bias.at_equal_sizes(high)),
+            better="lower",
+            extractor=label,
+            num_generated=n,
+            num_real=num_train + num_held_out,
+            about=f"share whose nearest real image is a training image ({num_train}), not a held-out one "
+            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); interval exact",
+        ),
+        "nearer_to_training_p_value": Measure(
+            value=bias.p_value,
+            better="higher",
+            extractor=label,
+            num_generated=n,
+            num_real=num_train + num_held_out,
+            about="chance that a model which has not learnt its training images by heart is this near to them; by "
+            "permutation",
         ),
     }
-    measures["nearer_to_training_p_value"] = Measure(
-        value=bias.p_value,
-        better="higher",
-        extractor=label,
-        num_generated=tested,
-        num_real=2 * bias.size,
-        about="chance of being this near to training images without having learnt them by heart; permutation test",
-    )
     order = np.argsort(found.distance, kind="stable")[:MAX_NEIGHBOURS]
     neighbours = tuple(
         Neighbour(
@@ -308,6 +300,12 @@ def memorization_measures(
         for row in order
     )
     return {measure_name(name, label): value for name, value in measures.items()}, neighbours
+
+
+def _exact_interval(flags: NDArray[np.bool_]) -> Interval:
+    """Clopper & Pearson 1934, for a share. Resampling no copies at all would promise that there never is one."""
+    interval = binomtest(int(flags.sum()), len(flags)).proportion_ci()
+    return float(interval.low), float(interval.high)
 
 
 def _clipped(interval: Interval, bounds: Interval) -> Interval:

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from trainers.fidelity.kernel import unit_norm
 from trainers.fidelity.manifold import blocks, squared_distances
 from trainers.fidelity.statistics import Features, Float64
 
 COPY_QUANTILE = 0.01
-MAX_TESTED = 2000
-"""Generated images that the train-versus-held-out test takes, at random if there are more."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,25 @@ class CopyThreshold:
 class TrainingBias:
     """Are generated images nearer to training images than to held-out ones?"""
 
-    scores: Float64
-    """[N]: for each tested image, the chance that it is nearer to a training than to a held-out image."""
+    is_nearer_to_training: NDArray[np.bool_]
+    """[N]: of all real images, is the nearest one a training image?"""
     p_value: float
-    """How often a random choice of held-out images gives as high a mean score."""
-    size: int
-    """Images of either set."""
+    """How often a random choice of held-out images gives as large a share."""
+    num_train: int
+    num_held_out: int
 
     @property
-    def value(self) -> float:
-        """Mean score: 1/2 for a model that learnt the distribution, 1 for one that only copies."""
-        return float(self.scores.mean())
+    def share(self) -> float:
+        """Of generated images; T / (T + H) by chance."""
+        return float(self.is_nearer_to_training.mean())
+
+    def at_equal_sizes(self, share: float) -> float:
+        """A share as it would be with as many training as held-out images: its odds times H / T.
+
+        1/2 for a model that learnt the distribution, 1 for one that only copies.
+        """
+        train, held_out = share * self.num_held_out, (1 - share) * self.num_train
+        return train / (train + held_out)
 
 
 def nearest(images: Features, others: Features) -> Nearest:
@@ -87,55 +92,27 @@ def copy_threshold(held_out_distances: Float64, quantile: float = COPY_QUANTILE)
 def training_bias(
     generated: Features, train: Features, held_out: Features, *, seed: int, num_permutations: int = 999
 ) -> TrainingBias:
-    """Train-versus-held-out test, in the spirit of Meehan et al. 2020 (arXiv 2004.05675), exact at any sample size.
+    """Train-versus-held-out test of [N, D] with [T, D] and [H, D], in the spirit of Meehan et al. 2020 (2004.05675).
 
-    A generated image's score is the chance that the nearest of m random training images lies nearer than the nearest
-    of the m held-out ones. It is averaged over all choices of m out of T training images in closed form: with q
-    training images nearer than any held-out one, 1 - C(T - q, m) / C(T, m). So no copy is missed by the choice, and
-    both sets count as equally large: one half is chance. The p-value comes from permutations of which real images are
-    called held out; real images must be exchangeable (neither set easier to draw, no video in both). If there are more
-    held-out than training images, as many are taken at random.
+    They ask whether generated images are nearer to the training set than held-out ones are, which blurred images may be
+    without being copies. Here the two sets compete for the same image: is its nearest real image a training image, more
+    often than the sets' sizes explain? The larger training set is not cut to the size of the other, which would hide
+    most copies; the null accounts for it. The p-value comes from permutations of which real images are called held
+    out, exact at any sample size; real images must be exchangeable: frames of one video, all on
+    one side, make it too sure. Raises ValueError if a set is empty.
     """
+    if min(len(generated), len(train), len(held_out)) == 0:
+        raise ValueError(
+            f"got {len(generated)} generated, {len(train)} training and {len(held_out)} held-out images: "
+            "none may be empty"
+        )
     rng = np.random.default_rng(seed)
-    size = min(len(train), len(held_out))
-    if size == 0:
-        raise ValueError(f"got {len(train)} training and {len(held_out)} held-out images: neither may be empty")
-    held_out = held_out[rng.permutation(len(held_out))[:size]]
-    generated = generated[np.sort(rng.permutation(len(generated))[:MAX_TESTED])]
-    num_train, pool_size = len(train), len(train) + size
-    order = rng.permutation(pool_size)  # so that ties, as between equal images, fall either way
-    is_held_out = (np.arange(pool_size) >= num_train)[order]
-    # Where held-out images are one in 1 + T/m, the first is farther down than this with chance e⁻²⁰ or less.
-    depth = min(pool_size - size + 1, 1 + 20 * -(-pool_size // size))
-    neighbours = _neighbours(unit_norm(generated), unit_norm(np.concatenate([train, held_out])[order]), depth)
-    score_of_rank = _score_by_rank(num_train, size, depth)
-
-    def scores(held: NDArray[np.bool_]) -> Float64:
-        found = held[neighbours]  # [N, depth]
-        return score_of_rank[np.where(found.any(axis=1), found.argmax(axis=1), depth)]
-
-    observed = scores(is_held_out)
-    by_chance = np.array([scores(rng.permutation(is_held_out)).mean() for _ in range(num_permutations)])
-    at_least = int((by_chance >= observed.mean() - 1e-12).sum())
-    return TrainingBias(observed, (1 + at_least) / (1 + num_permutations), size)
-
-
-def _neighbours(x: Float64, y: Float64, depth: int) -> NDArray[np.int64]:
-    """Indices [N, depth] of the nearest rows of y, nearest first."""
-    found = []
-    for rows in blocks(len(x), len(y)):
-        distances = squared_distances(x[rows], y)
-        near = np.argpartition(distances, depth - 1, axis=1)[:, :depth]
-        order = np.argsort(np.take_along_axis(distances, near, axis=1), axis=1, kind="stable")
-        found.append(np.take_along_axis(near, order, axis=1))
-    return np.concatenate(found)
-
-
-def _score_by_rank(num_train: int, size: int, depth: int) -> Float64:
-    """1 - C(T - q, m) / C(T, m) for q = 0 ... depth, [depth + 1]."""
-    q = np.arange(depth + 1)
-    rest = num_train - q
-    is_possible = rest >= size
-    rest = np.where(is_possible, rest, size)
-    log_ratio = gammaln(rest + 1) - gammaln(rest - size + 1) - gammaln(num_train + 1) + gammaln(num_train - size + 1)
-    return np.where(is_possible, 1 - np.exp(log_ratio), 1.0)
+    pool = len(train) + len(held_out)
+    order = rng.permutation(pool)  # so that ties, as between equal images, fall either way
+    is_train = order < len(train)
+    found = nearest(generated, np.concatenate([train, held_out])[order]).index
+    observed = is_train[found]
+    times_nearest = np.bincount(found, minlength=pool)
+    by_chance = np.array([times_nearest @ rng.permutation(is_train) for _ in range(num_permutations)])
+    p_value = (1 + int((by_chance >= observed.sum()).sum())) / (1 + num_permutations)
+    return TrainingBias(observed, p_value, len(train), len(held_out))
