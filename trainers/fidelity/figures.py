@@ -65,12 +65,12 @@ def by_group(measures: Iterable[tuple[str, Measure]]) -> dict[str, list[tuple[st
 
 
 def decimals(values: Iterable[float], intervals: Iterable[tuple[float, float] | None] = ()) -> int:
-    """Decimals to write figures of one kind with: two digits of the narrowest interval, else four of the smallest."""
+    """Decimals to write figures of one kind with: two digits of the narrowest interval, else three of the smallest."""
     widths = [high - low for low, high in filter(None, intervals) if high > low]
     if widths:
         digits = 1 - _exponent(min(widths))
     else:
-        digits = 3 - min((_exponent(abs(value)) for value in values if value), default=3)
+        digits = 2 - min((_exponent(abs(value)) for value in values if value), default=2)
     return min(max(digits, 0), MOST_DECIMALS)
 
 
@@ -91,9 +91,15 @@ def _group_of(bare_name: str) -> str:
     return "Memorisation" if bare_name.startswith(("copy", "memorization", "nearest")) else "Other"
 
 
-def _position(name: str, measure: Measure) -> tuple[str, int, str]:
-    bare = _bare_name(name, measure)
-    return (measure.extractor or "", _ORDER.index(bare) if bare in METRICS else len(_ORDER), name)
+def _position(name: str, measure: Measure) -> tuple[bool, str, int, str]:
+    """First figures on the features that papers use, last those on pixels; those on the same features together."""
+    bare, features = _bare_name(name, measure), measure.extractor or "~"
+    return (
+        features not in STANDARD_EXTRACTORS.values(),
+        features,
+        _ORDER.index(bare) if bare in METRICS else len(_ORDER),
+        name,
+    )
 
 
 def _exponent(value: float) -> int:

@@ -112,7 +112,7 @@ def test_limits_are_told_only_where_they_hold(tmp_path: Path) -> None:
     )
     assert "FID (random_vgg) was not taken on Inception features: set it beside no published FID." in many
     assert "no more images" not in many
-    assert "FID (random_vgg) Fréchet distance of Gaussians (Heusel et al. 2017) ↓ 5.000 – random_vgg" in many
+    assert "FID (random_vgg) Fréchet distance of Gaussians (Heusel et al. 2017) ↓ 5.00 – random_vgg" in many
 
 
 @pytest.mark.parametrize(
