@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -366,7 +367,8 @@ def _lettered(table: Table) -> list[tuple[str, str]]:
 # --- quality against cost ---
 
 COSTS = ("cost", "gpu-hours", "energy", "seconds")
-INK, MUTED, ACCENT = "#1b1f24", "#5d6773", "#0b6e66"
+INK, MUTED, AXIS, GRID, ACCENT = "#1b1f24", "#5d6773", "#c5cbd3", "#eceef1", "#0b6e66"
+FONT_SIZE, LINE_HEIGHT, LABEL_WIDTH = 10, 13, 150  # points
 
 
 def quality_cost_plot(
@@ -437,30 +439,58 @@ def _plot(points: Sequence[_Point], measure_label: str, cost_label: str, left_ou
     figure = Figure(figsize=(7.2, 4.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    costs = [point.cost.value for point in points]
-    if min(costs) > 0 and max(costs) >= 10 * min(costs):
-        axes.set_xscale("log")
     for point in points:
         x, y = point.cost.value, point.measure.value
         if point.measure.interval:
             axes.plot([x, x], point.measure.interval, color=ACCENT, alpha=0.4, linewidth=3, solid_capstyle="round")
         axes.plot(x, y, "o", color=ACCENT, markersize=7, markeredgecolor="white")
-        # Names are text, not formulas: a dollar sign in one would be read as mathematics.
-        axes.annotate(
-            point.run, (x, y), (9, 0), textcoords="offset points", va="center", color=INK, fontsize=10, parse_math=False
-        )
+
+    axes.margins(x=0.3, y=0.15)
+    costs = [point.cost.value for point in points]
+    if min(costs) > 0 and max(costs) >= 10 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda cost, _: f"{cost:,g}")
     better = points[0].measure.better
     axes.set_xlabel(f"{cost_label} (lower is better)", color=MUTED)
+    # Names are text, not formulas: a dollar sign in one would be read as mathematics.
     axes.set_ylabel(f"{measure_label} ({better} is better)" if better else measure_label, color=MUTED, parse_math=False)
     if left_out:
-        said = f"Without figures to compare: {', '.join(left_out)}"
-        figure.text(0.01, 0.99, said, color=MUTED, fontsize=8, va="top", parse_math=False)
-    axes.margins(x=0.3, y=0.15)
+        said = f"Left out, for want of figures to compare: {', '.join(left_out)}"
+        axes.set_title(said, loc="left", color=MUTED, fontsize=8, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c5cbd3")
-    axes.tick_params(color="#c5cbd3", labelcolor=MUTED)
-    axes.grid(color="#eceef1", linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(AXIS)
+    axes.tick_params(color=AXIS, labelcolor=MUTED)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+
+    figure.canvas.draw()  # where points come to lie is known only now
+    places = axes.transData.transform([(point.cost.value, point.measure.value) for point in points]) * 72 / figure.dpi
+    for point, rise in zip(points, _rises(places.tolist()), strict=True):
+        axes.annotate(
+            point.run,
+            (point.cost.value, point.measure.value),
+            (9, rise),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=FONT_SIZE,
+            parse_math=False,
+        )
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
+
+
+def _rises(places: Sequence[Sequence[float]]) -> list[float]:
+    """How far above its point each label goes, so that it lies on no other; all in points."""
+    heights: dict[int, float] = {}
+    for number in sorted(range(len(places)), key=lambda number: places[number][1]):
+        x, y = places[number]
+        near = [height for other, height in heights.items() if abs(places[other][0] - x) < LABEL_WIDTH]
+        # Lower points were placed before: the label goes onto the pile that they make, if it reaches up to here.
+        heights[number] = max([y, *(height + LINE_HEIGHT for height in near)])
+    return [heights[number] - place[1] for number, place in enumerate(places)]

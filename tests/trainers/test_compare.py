@@ -15,7 +15,17 @@ from typer.testing import CliRunner
 from cluster.errors import UserError
 from cluster.tracking import Tracker, evaluation_document
 from tests.trainers.evaluations import extractor, made_evaluation, measure
-from trainers.compare import Row, Table, compare, open_evaluation, quality_cost_plot, render, to_latex, to_markdown
+from trainers.compare import (
+    Row,
+    Table,
+    _rises,
+    compare,
+    open_evaluation,
+    quality_cost_plot,
+    render,
+    to_latex,
+    to_markdown,
+)
 from trainers.compare_cli import compare as compare_command
 from trainers.fidelity.evaluation import Evaluation
 
@@ -254,6 +264,13 @@ def test_the_plot_is_a_picture_with_the_runs_in_it() -> None:
     assert 0.005 < inked.mean() < 0.2
     assert png == quality_cost_plot(runs, price_per_gpu_hour=None, measure="fid", against="gpu-hours")
     assert png != quality_cost_plot(runs, price_per_gpu_hour=None, measure="clip_score", against="seconds")
+
+
+def test_labels_of_near_points_lie_on_no_other() -> None:
+    places = [(0.0, 10.0), (20.0, 12.0), (10.0, 11.0), (0.0, 100.0), (400.0, 11.0)]
+    rises = _rises(places)
+    heights = [y + rise for (_, y), rise in zip(places, rises, strict=True)]
+    assert heights == [10, 36, 23, 100, 11]
 
 
 def test_what_cannot_be_plotted_is_explained() -> None:

@@ -35,10 +35,13 @@ METRICS = {
     "f1": Metric("F1 of precision and recall", "Fidelity", is_share=True),
     "density": Metric("Density", "Fidelity"),
     "clip_score": Metric("CLIP score", "Alignment"),
+    "caption_alignment": Metric("Caption alignment", "Alignment", is_share=True),
     "recall": Metric("Recall", "Diversity", is_share=True),
     "coverage": Metric("Coverage", "Diversity", is_share=True),
     "ms_ssim": Metric("MS-SSIM within a prompt", "Diversity", is_share=True),
     "copy_rate": Metric("Copy rate", "Memorisation", is_share=True),
+    "nearer_to_training": Metric("Nearer to training images", "Memorisation", is_share=True),
+    "nearer_to_training_p_value": Metric("p of nearer to training images", "Memorisation"),
 }
 _ORDER = list(METRICS)
 
@@ -46,7 +49,7 @@ _ORDER = list(METRICS)
 def metric_of(name: str, measure: Measure) -> Metric:
     """The metric behind a measure's name, which may end in the extractor's label: `fid_random_vgg`."""
     bare = _bare_name(name, measure)
-    return METRICS.get(bare) or Metric(bare.replace("_", " ").capitalize(), _group_of(bare))
+    return METRICS.get(bare) or Metric(bare.replace("_", " ").capitalize(), "Other")
 
 
 def label_of(name: str, measure: Measure) -> str:
@@ -85,10 +88,6 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 def _bare_name(name: str, measure: Measure) -> str:
     return name.removesuffix(f"_{measure.extractor}") if measure.extractor else name
-
-
-def _group_of(bare_name: str) -> str:
-    return "Memorisation" if bare_name.startswith(("copy", "memorization", "nearest")) else "Other"
 
 
 def _position(name: str, measure: Measure) -> tuple[bool, str, int, str]:
