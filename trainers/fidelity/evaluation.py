@@ -158,9 +158,16 @@ class Evaluation(Record):
         """Read an evaluation's document. Raises UserError if there is none or it is damaged."""
         uri = storage.join(folder, EVALUATION)
         try:
-            return cls.model_validate_json(storage.read_bytes(uri))
+            document = storage.read_bytes(uri)
         except storage.NotFoundError:
             raise UserError(f"no evaluation at {folder}: {EVALUATION} is not there") from None
+        return cls.parse(document, uri)
+
+    @classmethod
+    def parse(cls, document: str | bytes, uri: str) -> "Evaluation":
+        """The evaluation that a document, read at `uri`, holds. Raises UserError if it is damaged."""
+        try:
+            return cls.model_validate_json(document)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))

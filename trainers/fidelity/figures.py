@@ -35,10 +35,13 @@ METRICS = {
     "f1": Metric("F1 of precision and recall", "Fidelity", is_share=True),
     "density": Metric("Density", "Fidelity"),
     "clip_score": Metric("CLIP score", "Alignment"),
+    "caption_alignment": Metric("Caption alignment", "Alignment", is_share=True),
     "recall": Metric("Recall", "Diversity", is_share=True),
     "coverage": Metric("Coverage", "Diversity", is_share=True),
     "ms_ssim": Metric("MS-SSIM within a prompt", "Diversity", is_share=True),
     "copy_rate": Metric("Copy rate", "Memorisation", is_share=True),
+    "nearer_to_training": Metric("Nearer to training images", "Memorisation", is_share=True),
+    "nearer_to_training_p_value": Metric("p of nearer to training images", "Memorisation"),
 }
 _ORDER = list(METRICS)
 
@@ -46,7 +49,7 @@ _ORDER = list(METRICS)
 def metric_of(name: str, measure: Measure) -> Metric:
     """The metric behind a measure's name, which may end in the extractor's label: `fid_random_vgg`."""
     bare = _bare_name(name, measure)
-    return METRICS.get(bare) or Metric(bare.replace("_", " ").capitalize(), _group_of(bare))
+    return METRICS.get(bare) or Metric(bare.replace("_", " ").capitalize(), "Other")
 
 
 def label_of(name: str, measure: Measure) -> str:
@@ -65,12 +68,12 @@ def by_group(measures: Iterable[tuple[str, Measure]]) -> dict[str, list[tuple[st
 
 
 def decimals(values: Iterable[float], intervals: Iterable[tuple[float, float] | None] = ()) -> int:
-    """Decimals to write figures of one kind with: two digits of the narrowest interval, else four of the smallest."""
+    """Decimals to write figures of one kind with: two digits of the narrowest interval, else three of the smallest."""
     widths = [high - low for low, high in filter(None, intervals) if high > low]
     if widths:
         digits = 1 - _exponent(min(widths))
     else:
-        digits = 3 - min((_exponent(abs(value)) for value in values if value), default=3)
+        digits = 2 - min((_exponent(abs(value)) for value in values if value), default=2)
     return min(max(digits, 0), MOST_DECIMALS)
 
 
@@ -87,13 +90,15 @@ def _bare_name(name: str, measure: Measure) -> str:
     return name.removesuffix(f"_{measure.extractor}") if measure.extractor else name
 
 
-def _group_of(bare_name: str) -> str:
-    return "Memorisation" if bare_name.startswith(("copy", "memorization", "nearest")) else "Other"
-
-
-def _position(name: str, measure: Measure) -> tuple[str, int, str]:
-    bare = _bare_name(name, measure)
-    return (measure.extractor or "", _ORDER.index(bare) if bare in METRICS else len(_ORDER), name)
+def _position(name: str, measure: Measure) -> tuple[bool, str, int, str]:
+    """First figures on the features that papers use, last those on pixels; those on the same features together."""
+    bare, features = _bare_name(name, measure), measure.extractor or "~"
+    return (
+        features not in STANDARD_EXTRACTORS.values(),
+        features,
+        _ORDER.index(bare) if bare in METRICS else len(_ORDER),
+        name,
+    )
 
 
 def _exponent(value: float) -> int:

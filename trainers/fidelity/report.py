@@ -214,12 +214,12 @@ def _copies(evaluation: Evaluation) -> str:
     if not suspicious:
         return (
             f"None of the {count:,} images comes nearer to one of the {trained_on:,} training images than real "
-            "held-out images do."
+            "held-out images usually do."
         )
     number = f"At least {suspicious}" if suspicious >= MOST_NEIGHBOURS else str(suspicious)
     return (
         f"{number} of the {count:,} images {'comes' if suspicious == 1 else 'come'} nearer to one of the "
-        f"{trained_on:,} training images than real held-out images do: look at the pairs."
+        f"{trained_on:,} training images than real held-out images usually do: look at the pairs."
     )
 
 
