@@ -92,7 +92,7 @@ def test_one_lock_at_a_time_and_its_holder_is_named(name: str) -> None:
     model, _ = RegisteredModel.of(f"models:/{name}/1")
     with model.lock() as still_held:
         still_held()
-        with pytest.raises(UserError, match=rf"is being promoted by .+@.+ since 2\d{{3}}-.*--unlock"), model.lock():
+        with pytest.raises(UserError, match=r"is being promoted by .+@.+ since 2\d{3}-.*--unlock"), model.lock():
             pass
         still_held()
     with model.lock():
@@ -127,8 +127,7 @@ def test_a_lock_whose_holder_died_is_removed_by_hand_and_the_holder_notices(name
     assert not model.unlock()
     with model.lock() as still_held:
         assert model.unlock()
-        with model.lock():
-            with pytest.raises(UserError, match="the lock of .* was taken away"):
-                still_held()
+        with model.lock(), pytest.raises(UserError, match=r"the lock of .* was taken away"):
+            still_held()
         with pytest.raises(UserError, match="was taken away"):
             still_held()
