@@ -19,7 +19,7 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.promotion import Gates, Interval, PromotionDecision, decide, metric_of, quality_measure
 from cluster.registry import RegisteredModel, Version, now, whoami
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, explained
 from data_shards import Manifest
 from trainers.fidelity.evaluation import EVALUATION, Evaluation
 
@@ -110,7 +110,8 @@ def promote(
     )
     if dry_run:
         return PromotionOutcome(model.name, candidate.number, champion, decision, moved=False, audit_run=None)
-    audit_run = _record_and_act(model, judged, rival, gates, decision)
+    with explained(model.tracking_uri, f"promotion of {model.name} {candidate.number}"):
+        audit_run = _record_and_act(model, judged, rival, gates, decision)
     return PromotionOutcome(model.name, candidate.number, champion, decision, decision.accepted, audit_run)
 
 
@@ -251,6 +252,8 @@ def _record_and_act(
             "promotion.decision": verdict,
             "promotion.moved": "false",
             "git_commit": candidate.evaluation.git_commit,
+            # Not as the run's data set: MLflow fails where two runs log the same one at once.
+            "manifest_digest": candidate.evaluation.reference.digest,
         },
     )
     try:
@@ -279,8 +282,6 @@ def _record_and_act(
 
 
 def _log(audit: Tracker, document: dict[str, object], candidate: _Judged, champion: _Judged | None) -> None:
-    reference = candidate.evaluation.reference
-    audit.log_dataset(name=reference.name, digest=reference.digest, source=reference.shards, context="promotion")
     for role, judged in (("candidate", candidate), ("champion", champion)):
         if judged is None:
             continue
