@@ -70,8 +70,7 @@ class Tracker:
         with explained(uri):
             known = client.get_experiment_by_name(experiment)
             if known is None:
-                location = artifact_location or _local_artifacts(uri)
-                experiment_id = client.create_experiment(experiment, location)
+                experiment_id = _create_experiment(client, experiment, artifact_location or _local_artifacts(uri))
             elif known.lifecycle_stage == "deleted":
                 raise UserError(f"the MLflow experiment '{experiment}' was deleted: restore it, or name another")
             else:
@@ -201,6 +200,17 @@ def artifact_uri(client: MlflowClient, uri: str) -> str:
     """runs:/ID/path as the place where its artifact is."""
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     return f"{client.get_run(run_id).info.artifact_uri}/{path}"
+
+
+def _create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:
+    """The new experiment's id; that of another process's, if one made it just now."""
+    try:
+        return str(client.create_experiment(name, artifact_location))
+    except MlflowException as error:
+        made = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or made is None:
+            raise
+        return str(made.experiment_id)
 
 
 def _local_artifacts(tracking_uri: str) -> str | None:

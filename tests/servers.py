@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(command: list[str], url: str, log: Path) -> Iterator[str]:
+def server(command: list[str], url: str, log: Path, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """Run `command` in a process group of its own until the block ends; ready when `url` answers."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _answers(url):

@@ -127,7 +127,7 @@ def test_a_lock_whose_holder_died_is_removed_by_hand_and_the_holder_notices(name
     assert not model.unlock()
     with model.lock() as still_held:
         assert model.unlock()
-        with model.lock(), pytest.raises(UserError, match="the lock of .* was taken away"):
+        with model.lock(), pytest.raises(UserError, match=r"the lock of .* was taken away"):
             still_held()
         with pytest.raises(UserError, match="was taken away"):
             still_held()

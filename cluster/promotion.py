@@ -1,0 +1,299 @@
+"""Whether a candidate becomes the champion: gates and figures in, a decision out. No MLflow, no files."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import UserError
+
+QUALITY_METRICS = ("kid", "cmmd", "fid")
+"""In this order, where gates name no measure: first those that are unbiased, whatever the number of images."""
+EXTRACTORS = ("dinov2", "rad_dino", "biomedclip", "inception", "clip")
+"""In this order: DINOv2's features follow human judgement best (Stein et al. 2023, arXiv 2306.04675), and those trained
+on natural images follow radiologists better than RadImageNet's (Woodland et al. 2023, arXiv 2311.13717)."""
+RANDOM_EXTRACTOR = "random_vgg"  # last: of random weights
+ALIGNMENT_METRICS = ("clip_score", "caption_alignment")
+"""In this order: the second is known of any extractor, the first only of those that read prompts."""
+COPY_METRIC = "copy_rate"
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class QualityGate(Block):
+    """Better than the champion by more than chance explains."""
+
+    measure: str | None = None
+    """A name of the evaluation, such as kid_dinov2; none: the best that was measured, in the order above."""
+    margin: float = Field(default=0.0, ge=0)
+    """In the measure's unit: the paired interval of candidate - champion must lie beyond it."""
+    limit: float | None = None
+    """No candidate may be worse than this, the first one included. Needs `measure`, whose unit it is in."""
+
+    @model_validator(mode="after")
+    def _limit_has_a_unit(self) -> Self:
+        if self.limit is not None and self.measure is None:
+            raise ValueError("quality.limit is in the unit of a measure: name it as quality.measure")
+        return self
+
+
+class AlignmentGate(Block):
+    """Not worse than the champion, beyond chance, at showing what the prompt asks for."""
+
+    measure: str | None = None
+    """None: the best that was measured, in the order above; where none was, there is nothing to hold."""
+    tolerance: float = Field(default=0.01, ge=0)
+    """The part of the champion's value that may be lost."""
+
+
+class MemorizationGate(Block):
+    """Does not repeat training images."""
+
+    measure: str | None = None
+    """None: the rate of copies by each extractor must hold."""
+    limit: float = Field(default=0.05, ge=0)
+    """Copies among the generated images, as a share; real held-out images have a small one too, by chance."""
+
+
+class ApprovalGate(Block):
+    """A person has looked."""
+
+    required: bool = False
+    tag: str = Field(default="approved_by", min_length=1)
+    """Tag of the model version that names who did."""
+
+
+class Gates(Block):
+    """What a candidate must pass. Every key may be left out; these are sane defaults."""
+
+    quality: QualityGate = QualityGate()
+    alignment: AlignmentGate = AlignmentGate()
+    memorization: MemorizationGate = MemorizationGate()
+    approval: ApprovalGate = ApprovalGate()
+
+
+class Figure(Protocol):
+    """A figure of an evaluation."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def better(self) -> Literal["lower", "higher"] | None: ...
+    @property
+    def extractor(self) -> str | None: ...
+    @property
+    def interval(self) -> tuple[float, float] | None: ...
+
+
+class Interval(Protocol):
+    """A difference, candidate - champion, over the same prompts and seeds."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
+
+class Check(Block):
+    """One gate, with the figures it saw and the setting it holds them against."""
+
+    gate: str
+    passed: bool
+    reason: str
+    measure: str | None = None
+    numbers: dict[str, float] = {}
+    setting: dict[str, float | str | bool | None] = {}
+
+
+class PromotionDecision(Block):
+    accepted: bool
+    is_first: bool
+    """There was no champion to compare with."""
+    checks: tuple[Check, ...]
+
+    @property
+    def reason(self) -> str:
+        """What it failed on, or that it passed, in one line."""
+        deciding = [check for check in self.checks if not check.passed] or list(self.checks)
+        return "; ".join(f"{check.gate}: {check.reason}" for check in deciding)
+
+
+Figures = Mapping[str, Figure]
+
+
+def decide(
+    gates: Gates,
+    candidate: Figures,
+    champion: Figures | None,
+    *,
+    difference: Interval | None,
+    approved_by: str | None,
+) -> PromotionDecision:
+    """Hold a candidate's figures against the gates, and against the champion's if there is one.
+
+    `difference` is that of `quality_measure(...)`, and None for the first candidate, which only absolute limits bind.
+    A figure that is missing or no number fails its gate. Raises UserError if there is nothing to compare quality by.
+    """
+    checks = []
+    if champion is not None:
+        assert difference is not None
+        name = quality_measure(gates, candidate, champion)
+        checks += [_better(gates.quality, name, candidate[name], champion[name], difference)]
+        checks += [_not_worse(gates.alignment, candidate, champion)]
+    if gates.quality.limit is not None:
+        checks += [_within_limit(gates.quality, candidate)]
+    checks += _memorization(gates.memorization, candidate)
+    if gates.approval.required:
+        checks += [_approval(gates.approval, approved_by)]
+    accepted = all(check.passed for check in checks)
+    return PromotionDecision(accepted=accepted, is_first=champion is None, checks=tuple(checks))
+
+
+def quality_measure(gates: Gates, candidate: Figures, champion: Figures) -> str:
+    """The measure by which quality is compared. Raises UserError if both were not measured by it."""
+    both = {name: figure for name, figure in candidate.items() if name in champion and figure.better is not None}
+    asked = gates.quality.measure
+    if asked is not None:
+        if asked not in both:
+            raise UserError(f"quality.measure: '{asked}' was not measured; there are {', '.join(both) or 'none'}")
+        return asked
+    found = _best(both, QUALITY_METRICS)
+    if found is None:
+        raise UserError(
+            f"none of {', '.join(QUALITY_METRICS)} was measured for both models: give an extractor that features for "
+            f"them come from, or name quality.measure; there are {', '.join(both) or 'none'}"
+        )
+    return found
+
+
+def _better(gate: QualityGate, name: str, candidate: Figure, champion: Figure, difference: Interval) -> Check:
+    low, high = difference.interval
+    wanted, sign = ("fall", -1) if candidate.better == "lower" else ("rise", 1)
+    gains = (sign * low, sign * high)
+    passed = math.isfinite(low) and math.isfinite(high) and min(gains) > gate.margin
+    beyond = f"by more than {gate.margin:g}" if gate.margin else "beyond chance"
+    return Check(
+        gate="quality",
+        passed=passed,
+        measure=name,
+        numbers={
+            "candidate": candidate.value,
+            "champion": champion.value,
+            "difference": difference.value,
+            "low": low,
+            "high": high,
+        },
+        setting={"quality.measure": gate.measure, "quality.margin": gate.margin},
+        reason=f"{name} {champion.value:.4g} → {candidate.value:.4g}, paired 95 % interval {low:+.3g} to {high:+.3g}; "
+        f"it {'did' if passed else 'must'} {wanted} {beyond}",
+    )
+
+
+def _within_limit(gate: QualityGate, candidate: Figures) -> Check:
+    assert gate.measure is not None
+    assert gate.limit is not None
+    setting: dict[str, float | str | bool | None] = {"quality.measure": gate.measure, "quality.limit": gate.limit}
+    figure = candidate.get(gate.measure)
+    if figure is None:
+        reason = f"{gate.measure} was not measured"
+        return Check(gate="quality limit", passed=False, measure=gate.measure, setting=setting, reason=reason)
+    passed = figure.value <= gate.limit if figure.better == "lower" else figure.value >= gate.limit
+    return Check(
+        gate="quality limit",
+        passed=passed,
+        measure=gate.measure,
+        numbers={"candidate": figure.value},
+        setting=setting,
+        reason=f"{gate.measure} {figure.value:.4g} {'is' if passed else 'is not'} within the limit of {gate.limit:g}",
+    )
+
+
+def _not_worse(gate: AlignmentGate, candidate: Figures, champion: Figures) -> Check:
+    setting: dict[str, float | str | bool | None] = {
+        "alignment.measure": gate.measure,
+        "alignment.tolerance": gate.tolerance,
+    }
+    both = {name: figure for name, figure in candidate.items() if name in champion}
+    name = gate.measure or _best(both, ALIGNMENT_METRICS)
+    if name is None:
+        return Check(gate="alignment", passed=True, setting=setting, reason="nothing measured it")
+    if name not in both:
+        reason = f"{name} was not measured for both models"
+        return Check(gate="alignment", passed=False, measure=name, setting=setting, reason=reason)
+    before, after = champion[name].value, candidate[name].value
+    loss = after - before if candidate[name].better == "lower" else before - after
+    # As of independent samples; these share prompts and seeds, so their difference scatters rather less.
+    chance = math.hypot(_half_width(candidate[name]), _half_width(champion[name]))
+    passed = loss <= gate.tolerance * abs(before) + chance
+    return Check(
+        gate="alignment",
+        passed=passed,
+        measure=name,
+        numbers={"candidate": after, "champion": before, "chance": chance},
+        setting=setting,
+        reason=f"{name} {before:.4g} → {after:.4g}, {'no worse' if passed else 'worse'} than "
+        f"{gate.tolerance:.1%} and chance (±{chance:.2g}) allow",
+    )
+
+
+def _half_width(figure: Figure) -> float:
+    return (figure.interval[1] - figure.interval[0]) / 2 if figure.interval else 0.0
+
+
+def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
+    setting: dict[str, float | str | bool | None] = {
+        "memorization.measure": gate.measure,
+        "memorization.limit": gate.limit,
+    }
+    names = [
+        name
+        for name, figure in candidate.items()
+        if (name == gate.measure if gate.measure else metric_of(name, figure) == COPY_METRIC)
+    ]
+    if not names:
+        reason = f"{gate.measure or COPY_METRIC} was not measured, so copies cannot be ruled out"
+        return [Check(gate="memorization", passed=False, measure=gate.measure, setting=setting, reason=reason)]
+    return [
+        Check(
+            gate="memorization",
+            passed=(passed := candidate[name].value <= gate.limit),
+            measure=name,
+            numbers={"candidate": candidate[name].value},
+            setting=setting,
+            reason=f"{name} {candidate[name].value:.2%} is {'within' if passed else 'over'} the limit of "
+            f"{gate.limit:.2%}{'' if passed else ': it copies its training images'}",
+        )
+        for name in names
+    ]
+
+
+def _approval(gate: ApprovalGate, approved_by: str | None) -> Check:
+    return Check(
+        gate="approval",
+        passed=bool(approved_by),
+        setting={"approval.required": gate.required, "approval.tag": gate.tag},
+        reason=f"approved by {approved_by}"
+        if approved_by
+        else f"no one has approved it: set the version's tag '{gate.tag}' to who did",
+    )
+
+
+def metric_of(name: str, figure: Figure) -> str:
+    """A measure's name without its extractor's label: kid_dinov2 -> kid."""
+    return name.removesuffix(f"_{figure.extractor}")
+
+
+def _best(figures: Figures, metrics: tuple[str, ...]) -> str | None:
+    """The first of `figures` by extractor, then by metric; names settle what is left."""
+
+    def rank(name: str) -> tuple[int, int, str]:
+        extractor = figures[name].extractor or ""
+        known = EXTRACTORS.index(extractor) if extractor in EXTRACTORS else len(EXTRACTORS)
+        by_extractor = len(EXTRACTORS) + 1 if extractor.startswith(RANDOM_EXTRACTOR) else known
+        return by_extractor, metrics.index(metric_of(name, figures[name])), name
+
+    found = [name for name, figure in figures.items() if metric_of(name, figure) in metrics]
+    return min(found, key=rank, default=None)

@@ -1,0 +1,165 @@
+"""What a registered version carries, and that a real `mlflow models serve` draws what `medsynth generate` draws."""
+
+import base64
+import io
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from mlflow import MlflowClient, MlflowException
+from numpy.typing import NDArray
+from PIL import Image
+
+from cluster.registry import RegisteredModel, model_folder
+from cluster.tracking import Tracker
+from data_shards import Manifest
+from tests.servers import free_port, server
+from trainers.generate import generate
+from trainers.msdm import MSDMPipeline
+from trainers.msdm.export import PIPELINE_FILE
+from trainers.recipe import MSDMRecipe, load_recipe
+from trainers.registration import register_model
+
+
+@pytest.fixture
+def registered(pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tmp_path: Path) -> str:
+    """A registered version of the tiny model, as a run registers it at its end."""
+    pipeline.save_pretrained(tmp_path / "exported")
+    (tmp_path / "exported" / "pipeline.py").write_text(PIPELINE_FILE)
+    (tmp_path / "exported" / "LICENSE.md").write_text("of the weights")
+    tracker = Tracker.start(experiment="e", run_name="r", tags={"git_commit": "abc123"})
+    tracker.log_metrics({"denoiser/validation_loss": 0.25, "system/cpu": 3.0}, 6)
+    manifest = Manifest.load(recipe.data.shards)
+    assert register_model(recipe, manifest, str(tmp_path / "exported"), tracker, name="tiny") == 1
+    MlflowClient().set_registered_model_alias("tiny", "champion", "1")
+    return "models:/tiny@champion"
+
+
+def drawn(model: str, out: Path, *, seed: int, **settings: Any) -> NDArray[np.uint8]:
+    (path,) = generate(
+        model, "a large polyp", out, num_images=1, batch_size=1, seed=seed, settings=settings, device="cpu"
+    )
+    return np.asarray(Image.open(path))
+
+
+def pixels(png: bytes) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def test_a_version_has_all_that_its_readers_need(registered: str, recipe: MSDMRecipe) -> None:
+    _, version = RegisteredModel.of(registered)
+    manifest = Manifest.load(recipe.data.shards)
+    assert version.tags == {
+        "manifest_digest": manifest.digest,
+        "recipe": "tiny",
+        "family": "msdm",
+        "git_commit": "abc123",
+    }
+    with model_folder(registered) as folder:
+        assert load_recipe(str(folder / "recipe.yaml")) == recipe
+        card = (folder / "README.md").read_text()
+        assert (folder / "code" / "trainers" / "serving.py").is_file()
+        requirements = (folder / "requirements.txt").read_text().splitlines()
+        assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pickle")]
+        loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+        assert type(loaded).__name__ == "MSDMPipeline"
+    assert any(line.startswith("diffusers==0.") for line in requirements)
+    assert not any("+" in line for line in requirements)
+    for told in (
+        manifest.digest,
+        "`abc123`",
+        f"MLflow run `{version.run_id}`",
+        "| denoiser/validation_loss | 0.25 |",
+        recipe.text_encoder.pretrained,
+        "see LICENSE.md beside this file",
+        "Not for diagnosis",
+        *manifest.licences,
+    ):
+        assert told in card, told
+    assert "system/" not in card
+
+
+def test_loaded_by_mlflow_it_draws_what_generate_draws(
+    registered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow puts the model's code first, and leaves it there
+    model = mlflow.pyfunc.load_model(registered)
+    rows = [{"prompt": "a large polyp", "seed": seed, "num_inference_steps": 2} for seed in (3, 4)]
+    first, second = model.predict(rows)["png"]
+    assert np.array_equal(pixels(first), drawn(registered, tmp_path / "a", seed=3, num_inference_steps=2))
+    assert np.array_equal(pixels(second), drawn(registered, tmp_path / "b", seed=4, num_inference_steps=2))
+    about = Image.open(io.BytesIO(first)).info
+    assert about["Description"] == "Synthetic image, made by a generative model"
+    _, version = RegisteredModel.of(registered)
+    assert about["model"] == f"runs:/{version.run_id}/model"
+
+    # What a row leaves out is the model's own, and the seed is 0.
+    (png,) = model.predict([{"prompt": "a large polyp"}])["png"]
+    assert np.array_equal(pixels(png), drawn(registered, tmp_path / "c", seed=0))
+    for wrong, said in (
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+        ({"prompt": "a", "seed": -1}, "seed must be at least 0, not -1"),
+        ({"prompt": "a", "guidance_scale": -1.0}, "guidance_scale must be at least 0"),
+        ({"prompt": 5}, "5"),
+        ({"seed": 5}, "missing inputs"),
+    ):
+        with pytest.raises(MlflowException, match=said):
+            model.predict([wrong])
+
+
+@pytest.mark.slow
+def test_served_over_http(registered: str, tmp_path: Path) -> None:
+    """In a process and a folder that have nothing of this project but what is registered."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", registered, "--env-manager", "local"]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # mlflow runs uvicorn by its name
+
+    def post(record: dict[str, Any]) -> bytes:
+        body = json.dumps({"dataframe_records": [record]}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        return base64.b64decode(answer["predictions"][0]["png"])
+
+    asked = {"prompt": "a large polyp", "guidance_scale": 2, "num_inference_steps": 3}
+    with server(command, f"{url}/ping", tmp_path / "serve.log", environment=environment):
+        seeds = [5, 6, 5, 7]
+        with ThreadPoolExecutor(4) as pool:  # at once: a pipeline that two threads drive draws neither picture
+            answers = list(pool.map(lambda seed: pixels(post(asked | {"seed": seed})), seeds))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(asked | {"num_inference_steps": 0})
+    for seed, answer in zip(seeds, answers, strict=True):
+        expected = drawn(
+            registered,
+            tmp_path / str(len(list(tmp_path.iterdir()))),
+            seed=seed,
+            guidance_scale=2.0,
+            num_inference_steps=3,
+        )
+        assert np.array_equal(answer, expected)
+    assert refused.value.code == 400
+    assert "num_inference_steps must be at least 1" in refused.value.read().decode()
+
+
+def test_versions_of_before_still_open(pipeline: MSDMPipeline, tracking_uri: str, tmp_path: Path) -> None:
+    """A pipeline's folder alone, as versions were registered before MLflow could serve them."""
+    pipeline.save_pretrained(tmp_path / "exported")
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    tracker.log_folder(tmp_path / "exported", "model")
+    client = MlflowClient()
+    client.create_registered_model("old")
+    source = f"{client.get_run(tracker.run_id).info.artifact_uri}/model"
+    client.create_model_version("old", source, run_id=tracker.run_id)
+    assert drawn("models:/old/1", tmp_path / "out", seed=0).shape == (16, 16, 3)
