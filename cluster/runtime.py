@@ -81,14 +81,20 @@ def _check_answers(address: str) -> None:
         raise ConnectionError(error.strerror or str(error)) from None
 
 
-def check_capacity(*, num_workers: int, cpus_per_worker: int, gpus_per_worker: int) -> None:
-    """Raise UserError when the connected cluster could never hold the workers, rather than wait for ever."""
+def check_capacity(
+    *, num_workers: int, cpus_per_worker: int, gpus_per_worker: int, cpus_beside: int = 0, gpus_beside: int = 0
+) -> None:
+    """Raise UserError when the connected cluster could never hold the workers, rather than wait for ever.
+
+    Nor what is to run beside them: it would wait until they end.
+    """
     total = ray.cluster_resources()
-    for resource, each in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)):
-        needed, there = num_workers * each, int(total.get(resource, 0))
+    for resource, each, beside in (("CPU", cpus_per_worker, cpus_beside), ("GPU", gpus_per_worker, gpus_beside)):
+        needed, there = num_workers * each + beside, int(total.get(resource, 0))
         if needed > there:
+            who = f"{num_workers} workers" + (" and the fidelity measured beside them" if beside else "")
             raise UserError(
-                f"{num_workers} workers need {needed} {resource}s, the Ray cluster has {there}: "
+                f"{who} need {needed} {resource}s, the Ray cluster has {there}: "
                 "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
             )
 

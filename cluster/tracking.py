@@ -24,7 +24,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import mlflow.artifacts
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
@@ -33,6 +33,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 # MLflow refuses larger batches, longer values and longer digests.
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
+FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
 SQLITE = "sqlite:///"
 
 
@@ -145,6 +146,46 @@ class Tracker:
         dataset = Dataset(name, digest[:DIGEST_LENGTH], "medsynth-shards", f'{{"uri": "{source}"}}')
         tags = [InputTag("mlflow.data.context", context), InputTag("manifest_digest", digest)]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_checkpoint(
+        self, uri: str, step: int, metrics: Mapping[str, float], *, dataset_name: str, dataset_digest: str
+    ) -> None:
+        """Log what was measured on a checkpoint: at its step of the run, and as figures of the model RUN-step-N.
+
+        MLflow links the figures to that model and to the data set, as `log_dataset` named it. Done again, as after
+        a restart, it adds only what is missing.
+        """
+        client, run = self.client, self.client.get_run(self.run_id)
+        experiment, name = run.info.experiment_id, f"{run.info.run_name}-step-{step}"
+        name = re.sub("[/:.%\"']", "-", name)  # MLflow refuses these in names of models
+        known = client.search_logged_models([experiment], f"source_run_id = '{self.run_id}' AND name = '{name}'")
+        model = (
+            known[0]
+            if known
+            else client.create_logged_model(
+                experiment, name, self.run_id, params={"step": str(step)}, tags={"checkpoint": uri}
+            )
+        )
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model.model_id not in [output.model_id for output in outputs]:
+            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        now = int(time() * 1000)
+        new = [
+            Metric(key, float(value), now, step, model.model_id, dataset_name, dataset_digest[:DIGEST_LENGTH])
+            for key, value in metrics.items()
+            if step not in dict(self.metric_history(key))
+        ]
+        client.log_batch(self.run_id, metrics=new)
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def log_failure(self, what: str, reason: str) -> None:
+        """Say that something beside the training failed, which the run outlives."""
+        self.client.set_tag(self.run_id, f"{FAILED}{what}", reason)
+
+    def failures(self) -> dict[str, str]:
+        """What failed beside the training, and why."""
+        tags = self.client.get_run(self.run_id).data.tags
+        return {key.removeprefix(FAILED): reason for key, reason in tags.items() if key.startswith(FAILED)}
 
     def finish(self, status: Status) -> None:
         self.client.set_terminated(self.run_id, status)

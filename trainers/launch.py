@@ -7,9 +7,10 @@ import io
 import json
 import platform
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 from torch import Tensor
 
@@ -36,6 +38,7 @@ from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
 POLL_SECONDS = 0.5
+MEASURE_ATTEMPTS = 3  # of a process that measures a checkpoint and is killed
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class TrainedRun:
     tracker: Tracker
     metrics: Mapping[str, float]  # the last of each, by stage/name
     model_uri: str  # models:/NAME/VERSION, or the model's folder when the recipe registers nothing
+    failures: Mapping[str, str]  # what failed beside the training, and why
 
 
 class RunStopped(Exception):  # noqa: N818 - what happened, not what went wrong
@@ -80,18 +84,24 @@ def train_recipe(
     manifest = family.check(recipe)
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
-    with runtime.connect(min_cpus=recipe.cluster.num_workers * recipe.cluster.cpus_per_worker):
+    cluster, fidelity = recipe.cluster, recipe.fidelity
+    for split in fidelity.splits if fidelity else ():
+        manifest.split(split)
+    num_processes = cluster.num_workers + (fidelity is not None)
+    with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
         runtime.check_capacity(
-            num_workers=recipe.cluster.num_workers,
-            cpus_per_worker=recipe.cluster.cpus_per_worker,
-            gpus_per_worker=int(recipe.cluster.use_gpu),
+            num_workers=cluster.num_workers,
+            cpus_per_worker=cluster.cpus_per_worker,
+            gpus_per_worker=int(cluster.use_gpu),
+            cpus_beside=cluster.cpus_per_worker if fidelity else 0,
+            gpus_beside=int(fidelity.use_gpu) if fidelity else 0,
         )
         tracker = _begin(recipe, manifest, run, run_name)
         status: Status = "FAILED"
         try:
             for stage in family.STAGES:
                 if not run.has_model(stage):
-                    _train_stage(recipe, stage, run, tracker, on_progress, on_stop_requested)
+                    _train_stage(recipe, stage, manifest, run, tracker, on_progress, on_stop_requested)
             model_uri = _register(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):
@@ -99,7 +109,7 @@ def train_recipe(
             raise
         finally:
             tracker.finish(status)
-    return TrainedRun(run, family.STAGES, tracker, tracker.last_metrics(), model_uri)
+    return TrainedRun(run, family.STAGES, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
 def emulated_precision(recipe: Recipe) -> str | None:
@@ -146,6 +156,7 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
 def _train_stage(
     recipe: Recipe,
     stage: str,
+    manifest: Manifest,
     run: RunFolder,
     tracker: Tracker,
     on_progress: Callable[[Progress], None],
@@ -156,6 +167,10 @@ def _train_stage(
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0})
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
+    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
+    # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
+    validation = ray.train.ValidationConfig(measure, ray_remote_kwargs={"num_cpus": 0}) if recipe.fidelity else None
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"recipe": recipe, "stage": stage, "run": run, "tracker": tracker},
@@ -172,6 +187,7 @@ def _train_stage(
             # Ray declares the wrong base class here.
             callbacks=[_RecordReports(stage, steps, run, tracker, reports)],  # type: ignore[list-item]
         ),
+        validation_config=validation,  # type: ignore[call-arg] # Ray declares the trainer of its first version here.
     )
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
@@ -247,6 +263,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             # Ranks of another number of them must never find their files beside half of these.
             checkpoint_dir_name=f"step-{step:06d}-of-{context.get_world_size()}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            validation=folder is not None
+            and _is_measured(recipe, config["stage"], step)
+            and ray.train.ValidationTaskConfig(fn_kwargs={"step": step}),
         )
 
     checkpoint = ray.train.get_checkpoint()
@@ -296,10 +315,65 @@ class _RecordReports(ray.train.UserCallback):
 
 def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:
     """The finished checkpoint as a model in the diffusers layout, in the run's folder."""
+    with _exported(recipe, stage, run, checkpoint) as folder:
+        storage.upload_folder(folder, run.model(stage))
+    run.mark_complete(stage)
+
+
+@contextmanager
+def _exported(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> Iterator[Path]:
     with TemporaryDirectory() as out, checkpoint.as_directory() as folder:
         family_of(recipe).export(recipe, stage, run, Path(folder), Path(out))
-        storage.upload_folder(Path(out), run.model(stage))
-    run.mark_complete(stage)
+        yield Path(out)
+
+
+def _is_measured(recipe: Recipe, stage: str, step: int) -> bool:
+    """Whether the fidelity of a stage's checkpoint is asked for."""
+    family, fidelity = family_of(recipe), recipe.fidelity
+    if fidelity is None or stage != family.STAGES[-1]:
+        return False
+    return step % fidelity.every_steps == 0 or step == family.training_of(recipe, stage).steps
+
+
+def _measure_beside(
+    checkpoint: ray.train.Checkpoint,
+    *,
+    step: int,
+    recipe: Recipe,
+    stage: str,
+    run: RunFolder,
+    tracker: Tracker,
+    data: Mapping[str, str],
+) -> dict[str, float]:
+    """Ray Train's validation task: a checkpoint's fidelity, to MLflow. Whatever fails here, the training goes on.
+
+    The work is that of a task within: if this process died, as by lack of memory, Ray would end the training.
+    """
+    assert recipe.fidelity is not None
+    # Ray itself would go on for ever with a process that is killed for its memory.
+    options = {"num_cpus": recipe.cluster.cpus_per_worker, "num_gpus": int(recipe.fidelity.use_gpu), "max_retries": 0}
+    for _ in range(MEASURE_ATTEMPTS):
+        try:
+            measured = ray.get(ray.remote(_measure).options(**options).remote(recipe, stage, run, checkpoint))
+        except RayTaskError as error:
+            failure: Exception = error.cause
+            break
+        except RayError as error:  # its process or machine is gone
+            failure = error
+        else:
+            metrics = {f"fidelity/{name}": value for name, value in measured.items()}
+            uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
+            tracker.log_checkpoint(uri, step, metrics, **data)
+            return metrics
+    tracker.log_failure(f"fidelity at step {step}", (str(failure).strip() or repr(failure)).splitlines()[0])
+    return {}
+
+
+def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> dict[str, float]:
+    from trainers.evaluate import measure_checkpoint
+
+    with _exported(recipe, stage, run, checkpoint) as folder:
+        return measure_checkpoint(recipe, folder)
 
 
 def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,10 +74,15 @@ def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     for stage in trained.stages:
         values = {name.removeprefix(f"{stage}/"): v for name, v in trained.metrics.items() if name.startswith(stage)}
         table.add_row(stage, _figures(values))
+    if fidelity := {name: value for name, value in trained.metrics.items() if name.startswith("fidelity/")}:
+        figures = (f"{name.removeprefix('fidelity/').replace('_', ' ')} {fidelity[name]:.4g}" for name in fidelity)
+        table.add_row("fidelity", "  ".join(figures))
     table.add_row("model", trained.model_uri)
     table.add_row("pictures", f"{trained.folder.uri}/pictures")
     table.add_row("MLflow", trained.tracker.ui_command())
     console.print(table)
+    for what, reason in trained.failures.items():
+        console.print(f"[yellow]Failed: {what}: {escape(reason)}[/]", soft_wrap=True)
     command = f'medsynth generate --model {trained.model_uri} --prompt "{prompt}" --num-images 8 --seed 0 --out samples'
     console.print(f"Draw from it: {command}", soft_wrap=True)
 

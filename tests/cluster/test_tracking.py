@@ -57,6 +57,45 @@ def test_a_step_logged_again_after_a_restart_is_not_doubled(tracker: Tracker) ->
     assert restarted.last_metrics() == {"loss": 0.4, "late": 1.0}
 
 
+def test_a_measured_checkpoint_is_a_model_with_its_figures(store: str) -> None:
+    tracker = Tracker.start(experiment="checkpoints", run_name="msdm-1.5", tags={})
+    data = {"dataset_name": "small", "dataset_digest": "d" * 64}
+    tracker.log_dataset(name="small", digest="d" * 64, source="shards", context="training")
+    tracker.log_checkpoint("runs/a/step-10", 10, {"fidelity/fid": 3.0}, **data)
+    tracker.log_checkpoint("runs/a/step-20", 20, {"fidelity/fid": 2.0, "fidelity/kid": 0.1}, **data)
+    # After a restart the same is measured again, and what came late is added.
+    restarted = Tracker.resume(tracker.run_id, tracker.tracking_uri)
+    restarted.log_checkpoint("runs/a/step-20", 20, {"fidelity/fid": 2.0, "fidelity/kid": 0.1}, **data)
+    restarted.log_checkpoint("runs/a/step-10", 10, {"fidelity/fid": 3.0, "fidelity/kid": 0.2}, **data)
+
+    assert tracker.metric_history("fidelity/fid") == [(10, 3.0), (20, 2.0)]
+    assert sorted(tracker.metric_history("fidelity/kid")) == [(10, 0.2), (20, 0.1)]
+    client = tracker.client
+    run = client.get_run(tracker.run_id)
+    best, other = client.search_logged_models(
+        [run.info.experiment_id],
+        f"source_run_id = '{tracker.run_id}'",
+        order_by=[{"field_name": "metrics.fidelity/fid", "dataset_name": "small", "dataset_digest": "d" * 36}],
+    )
+    assert (best.name, best.params, best.tags["checkpoint"]) == ("msdm-1-5-step-20", {"step": "20"}, "runs/a/step-20")
+    assert (other.name, other.status) == ("msdm-1-5-step-10", "READY")
+    assert best.metrics is not None
+    figures = {(m.key, m.value, m.step, m.run_id, m.dataset_name, m.dataset_digest) for m in best.metrics}
+    assert figures == {
+        ("fidelity/fid", 2.0, 20, tracker.run_id, "small", "d" * 36),
+        ("fidelity/kid", 0.1, 20, tracker.run_id, "small", "d" * 36),
+    }
+    assert run.outputs is not None
+    outputs = [(output.model_id, output.step) for output in run.outputs.model_outputs]
+    assert sorted(outputs) == sorted([(other.model_id, 10), (best.model_id, 20)])
+
+
+def test_what_failed_beside_the_training_is_kept(tracker: Tracker) -> None:
+    assert tracker.failures() == {}
+    tracker.log_failure("fidelity at step 20", "no weights")
+    assert tracker.failures() == {"fidelity at step 20": "no weights"}
+
+
 def test_more_metrics_and_params_than_a_batch_holds(tracking_uri: str) -> None:
     tracker = Tracker.start(experiment="e", run_name="r", tags={})
     tracker.log_metrics({f"m{i}": float(i) for i in range(1200)}, 1)

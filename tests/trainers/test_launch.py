@@ -11,14 +11,16 @@ from typing import Any
 
 import psutil
 import pytest
+import ray.train
 import safetensors.torch
 import torch
 from PIL import Image
 
 from cluster import runtime, storage
+from cluster.tracking import Tracker
 from trainers.export import export_checkpoint
 from trainers.generate import generate
-from trainers.launch import Progress, TrainedRun, train_recipe
+from trainers.launch import Progress, TrainedRun, _measure_beside, train_recipe
 from trainers.recipe import FluxRecipe, MSDMRecipe, Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 
@@ -28,8 +30,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 @pytest.fixture
 def one_ray() -> Iterator[None]:
     """One cluster inside this process for all runs of a test."""
-    with runtime.connect(min_cpus=2):
+    with runtime.connect(min_cpus=3):
         yield
+
+
+# A measurement that takes time, depends on every weight of the exported model, and is killed at its first attempt.
+SLOW_MEASUREMENT = """
+import sys, types
+def measure_checkpoint(recipe, folder):
+    import os, pathlib, signal, time
+    import safetensors.torch
+    killed = pathlib.Path(recipe.cluster.storage) / "killed"
+    if not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    weights = safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    time.sleep(4)
+    return {"fid_random_vgg": float(sum(value.double().abs().sum() for value in weights.values()))}
+module = sys.modules["trainers.evaluate"] = types.ModuleType("trainers.evaluate")
+module.measure_checkpoint = measure_checkpoint
+"""
+
+
+@pytest.fixture
+def slow_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Ray's processes, `trainers.evaluate` is SLOW_MEASUREMENT."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_MEASUREMENT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
 
 
 def train(recipe: Recipe, name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> TrainedRun:
@@ -91,6 +119,39 @@ def check_record(trained: TrainedRun, recipe: MSDMRecipe) -> None:
         assert Image.open(folder / "pictures" / "vae-000006.png").height == 32
 
 
+def check_fidelity(trained: TrainedRun, steps: list[int]) -> None:
+    """A value and a model for each of the steps, once; the training had gone on meanwhile."""
+    client, run_id = trained.tracker.client, trained.tracker.run_id
+    values = client.get_metric_history(run_id, "fidelity/fid_random_vgg")
+    assert [metric.step for metric in values] == steps
+    assert len({metric.value for metric in values}) == len(steps)
+    later = next(m for m in client.get_metric_history(run_id, "denoiser/loss") if m.step == steps[0] + 2)
+    assert later.timestamp < values[0].timestamp
+    run = client.get_run(run_id)
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    assert sorted(int(model.params["step"]) for model in models) == steps
+    assert trained.metrics["fidelity/fid_random_vgg"] == values[-1].value
+    assert trained.failures == {}
+
+
+def test_a_measurement_that_fails_is_said_and_ends_nothing(
+    recipe_document: dict[str, Any], tracking_uri: str, one_ray: None, tmp_path: Path
+) -> None:
+    recipe = with_values(recipe_document, fidelity={"every_steps": 2})
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    measured = _measure_beside(
+        ray.train.Checkpoint(str(tmp_path)),
+        step=4,
+        recipe=recipe,
+        stage="denoiser",
+        run=RunFolder.of(recipe, "none"),
+        tracker=tracker,
+        data={"dataset_name": "small", "dataset_digest": "d"},
+    )
+    assert measured == {}
+    assert tracker.failures() == {"fidelity at step 4": f"there is no folder {tmp_path}/runs/none/vae/model"}
+
+
 def test_a_run_on_s3_with_a_tracking_server(
     recipe_document: dict[str, Any],
     s3_shards: str,
@@ -126,17 +187,27 @@ def test_a_run_on_s3_with_a_tracking_server(
     assert reports == []
 
 
-def test_a_killed_worker_changes_nothing(recipe_document: dict[str, Any], tracking_uri: str, one_ray: None) -> None:
-    """kill -9 on a rank in mid-training: the run goes on by itself and ends with the undisturbed run's weights."""
+def test_a_killed_worker_changes_nothing(
+    recipe_document: dict[str, Any], tracking_uri: str, slow_measurement: None, one_ray: None
+) -> None:
+    """kill -9 on a rank in mid-training: the run goes on by itself and ends with the undisturbed run's weights.
+
+    Beside both, checkpoints are measured: once each, and while the training goes on.
+    """
     recipe = with_values(
-        recipe_document, cluster__num_workers=2, denoiser__training__steps=40, tracking__register_as=None
+        recipe_document,
+        cluster__num_workers=2,
+        denoiser__training__steps=40,
+        tracking__register_as=None,
+        fidelity={"every_steps": 16},
     )
     undisturbed = train(recipe, "undisturbed")
+    check_fidelity(undisturbed, steps=[16, 32, 40])
     begin_with_vae_of(undisturbed, recipe, "disturbed")
     killed: list[int] = []
 
     def kill_a_rank(progress: Progress) -> None:
-        if progress.stage == "denoiser" and progress.step >= 6 and not killed:
+        if progress.stage == "denoiser" and progress.step >= 18 and not killed:
             victim = ray_train_workers()[-1]
             victim.kill()
             killed.append(victim.pid)
@@ -144,7 +215,8 @@ def test_a_killed_worker_changes_nothing(recipe_document: dict[str, Any], tracki
     disturbed = train(recipe, "disturbed", kill_a_rank)
     assert len(killed) == 1
     assert_equal(final_weights(disturbed), final_weights(undisturbed))
-    for name in ("denoiser/loss", "denoiser/validation_loss"):
+    check_fidelity(disturbed, steps=[16, 32, 40])
+    for name in ("denoiser/loss", "denoiser/validation_loss", "fidelity/fid_random_vgg"):
         assert disturbed.tracker.metric_history(name) == undisturbed.tracker.metric_history(name)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster import storage
 from cluster.errors import UserError, nearest
-from trainers.recipe.blocks import PLACE, WEIGHTS, Block, Cluster, Data, Tracking, Training
+from trainers.recipe.blocks import PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
 from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
 from trainers.recipe.msdm import (
     DenoiserStage,
@@ -31,6 +31,7 @@ __all__ = [
     "Cluster",
     "Data",
     "DenoiserStage",
+    "Fidelity",
     "FlowNoise",
     "FluxRecipe",
     "FluxSampling",

@@ -81,6 +81,26 @@ class Tracking(Block):
     """Name of the registered model that the result becomes a version of."""
 
 
+class Fidelity(Block):
+    """How good the checkpoints of the last stage are, measured beside the training, which does not wait for it."""
+
+    every_steps: int = Field(gt=0)
+    """Steps between the checkpoints measured, a multiple of the stage's checkpoint_every_steps; the last step's is
+    measured too. Checkpoints wait for their turn and are kept until then: leave time for one before the next."""
+    num_samples: int = Field(default=256, ge=2)
+    """Images drawn, each from the caption of a real one."""
+    extractor: Weights = "random-vgg:64"
+    """What turns images into features, by URI."""
+    splits: tuple[str, ...] = Field(default=("validation",), min_length=1)
+    """Splits whose images are the reference."""
+    num_inference_steps: int | None = Field(default=None, gt=0)
+    """Sampling steps; none takes those of `sampling`."""
+    batch_size: int = Field(default=8, gt=0)
+    """Images drawn at a time."""
+    use_gpu: bool = False
+    """Measure on a GPU, one more than those that train."""
+
+
 class BaseRecipe(Block):
     """What every experiment has; each family adds its models and how they are trained."""
 
@@ -88,6 +108,7 @@ class BaseRecipe(Block):
     seed: int = Field(default=0, ge=0)
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
+    fidelity: Fidelity | None = None
 
     def check_batches(self, training: Training) -> None:
         """Raise ValueError unless the global batch can be dealt out to all workers in whole micro-batches."""
@@ -96,4 +117,12 @@ class BaseRecipe(Block):
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
                 f"{training.micro_batch_size} x {self.cluster.num_workers} workers"
+            )
+
+    def check_fidelity(self, training: Training) -> None:
+        """Raise ValueError unless the last stage, trained as `training` says, saves the checkpoints to be measured."""
+        if self.fidelity is not None and self.fidelity.every_steps % training.checkpoint_every_steps:
+            raise ValueError(
+                f"fidelity.every_steps {self.fidelity.every_steps} is not a multiple of "
+                f"checkpoint_every_steps {training.checkpoint_every_steps}"
             )

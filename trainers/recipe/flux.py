@@ -91,4 +91,5 @@ class FluxRecipe(BaseRecipe):
                 f"data.resolution {self.data.resolution} is not a multiple of 16: 8 by the VAE, 2 by packing"
             )
         self.check_batches(self.transformer.training)
+        self.check_fidelity(self.transformer.training)
         return self

@@ -111,4 +111,5 @@ class MSDMRecipe(BaseRecipe):
             )
         for stage in (self.vae, self.denoiser):
             self.check_batches(stage.training)
+        self.check_fidelity(self.denoiser.training)
         return self
