@@ -9,7 +9,8 @@ from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
-from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
+from trainers.engines.deepspeed_config import deepspeed_config
+from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
 from trainers.families import stream_from
 from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.flux.export import export_adapters, export_pipeline, lora_config
