@@ -85,6 +85,7 @@ def train_recipe(
             cpus_per_worker=recipe.cluster.cpus_per_worker,
             gpus_per_worker=int(recipe.cluster.use_gpu),
         )
+        family.check_fits(recipe, runtime.nodes())
         tracker = _begin(recipe, manifest, run, run_name)
         status: Status = "FAILED"
         try:
