@@ -11,8 +11,8 @@ demo: $(VENV)/installed
 	DEMO=$(DEMO) PROMPT="$(PROMPT)" BIN=$(BIN) bash docs/demo.sh
 
 test: lint
-	$(BIN)/pytest -q -m "not slow"
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@ import logging
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +27,17 @@ FORWARDED_VARIABLES = (
     "HF_HUB_OFFLINE",
 )
 CONNECT_SECONDS = 10
+ACCELERATOR_TYPE = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as Ray knows it."""
+
+    num_gpus: int
+    accelerator_type: str | None  # of its GPUs, by Ray's name for it (H100, A100-80G, ...); None if Ray does not know
+    memory_bytes: int | None  # of the host, free when Ray started there; None if Ray does not know
+    is_here: bool  # the machine that this process runs on
 
 
 @contextmanager
@@ -208,3 +220,21 @@ def _check_holds(**needed: float) -> None:
                 f"an actor needs {amount:g} {resource}, the Ray cluster has {total.get(resource, 0):g}: "
                 "ask for less, or connect to a larger cluster with RAY_ADDRESS"
             )
+
+
+def nodes() -> tuple[Node, ...]:
+    """The machines of the connected cluster that are alive."""
+    here = ray.get_runtime_context().get_node_id()
+    return tuple(_node(node["Resources"], node["NodeID"] == here) for node in ray.nodes() if node["Alive"])
+
+
+def _node(resources: Mapping[str, float], is_here: bool) -> Node:
+    types = [name.removeprefix(ACCELERATOR_TYPE) for name in resources if name.startswith(ACCELERATOR_TYPE)]
+    known = {"memory", "object_store_memory"} <= resources.keys()
+    return Node(
+        num_gpus=int(resources.get("GPU", 0)),
+        accelerator_type=types[0] if len(types) == 1 else None,
+        # Ray keeps a part of what it finds for its object store, which takes it only as it is filled.
+        memory_bytes=int(resources["memory"] + resources["object_store_memory"]) if known else None,
+        is_here=is_here,
+    )

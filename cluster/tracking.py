@@ -5,6 +5,7 @@ Always a client with a run id, never MLflow's global run: several processes writ
 
 import io
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -293,56 +294,3 @@ def explained(tracking_uri: str, what: str = "") -> Iterator[None]:
             message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may do this"
         place = f"{what} at " if what else ""
         raise UserError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None
-
-
-# --- evaluations: runs of their own, whose parent is the training run ---
-
-KIND_TAG, PARENT_TAG = "medsynth.kind", "mlflow.parentRunId"
-EVALUATION_KIND, EVALUATION_ARTIFACT = "evaluation", "evaluation/evaluation.json"
-
-
-def evaluation_document(name: str) -> str:
-    """The document of an evaluation: of the run that it is, or else the latest one finished of a model.
-
-    `name` is the id of an evaluation's or a training run, runs:/ID, or a registered model as `model_folder` takes it.
-    Raises UserError if there is no such run or model, or it was not evaluated.
-    """
-    tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
-    with _explained(tracking_uri, name):
-        run_id = _training_run(client, name)
-        if client.get_run(run_id).data.tags.get(KIND_TAG) != EVALUATION_KIND:
-            run_id = _latest_evaluation(client, run_id, name)
-        return Tracker(tracking_uri, run_id).read_text(EVALUATION_ARTIFACT)
-
-
-def _training_run(client: MlflowClient, name: str) -> str:
-    if not name.startswith("models:/"):
-        return name.removeprefix("runs:/").partition("/")[0]
-    model, is_alias, which = name.removeprefix("models:/").partition("@")
-    if is_alias:
-        version = client.get_model_version_by_alias(model, which)
-    else:
-        model, _, which = model.partition("/")
-        versions = client.search_model_versions(f"name = '{model}'")
-        numbered = {int(found.version): found for found in versions}
-        number = max(numbered, default=0) if which == "latest" else int(which) if which.isdecimal() else 0
-        if number not in numbered:
-            raise UserError(f"no such model: {name}; write models:/NAME/VERSION or models:/NAME@ALIAS of one there is")
-        version = numbered[number]
-    if not version.run_id:
-        raise UserError(f"{name} was registered without a run, so no evaluation is known of it; name its folder")
-    return str(version.run_id)
-
-
-def _latest_evaluation(client: MlflowClient, run_id: str, name: str) -> str:
-    found = client.search_runs(
-        [experiment.experiment_id for experiment in client.search_experiments()],
-        f"tags.`{KIND_TAG}` = '{EVALUATION_KIND}' and tags.`{PARENT_TAG}` = '{run_id}' "
-        "and attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    if not found:
-        raise UserError(f"{name} has no finished evaluation: medsynth evaluate makes one")
-    return str(found[0].info.run_id)

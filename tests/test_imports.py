@@ -18,7 +18,7 @@ DOORS = {
         "data_shards/writer.py",
         "data_shards/precompute.py",
     },
-    "deepspeed": {"trainers/engines/zero3.py"},
+    "deepspeed": {"trainers/engines/zero3.py", "trainers/engines/deepspeed_config.py"},
 }
 
 

@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cluster.errors import UserError, nearest
-from cluster.tracking import evaluation_document
+from cluster.evaluations import evaluation_document
 from trainers.fidelity.evaluation import Evaluation, Measure
 from trainers.fidelity.figures import MISSING, by_group, decimals, label_of, overlap, write
 

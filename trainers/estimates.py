@@ -71,7 +71,10 @@ def _zero3_parts(recipe: FluxRecipe, counted: Footprint) -> Iterator[Part]:
         return Part(what, 0 if on_host else nbytes * share, host_bytes=nbytes * share if on_host else 0)
 
     yield states("weights", low, host_weights)
-    yield states("gradients", high, host_states)
+    if host_states:
+        yield Part("gradients", 0, host_bytes=_pinned_bytes(recipe, high * share))
+    else:
+        yield states("gradients", high, False)
     yield states("master weights and Adam's moments", 3 * high, host_states)
     if settings.training.ema_decay:
         yield states("moving average", 4, host_states)
@@ -83,10 +86,13 @@ def _zero3_parts(recipe: FluxRecipe, counted: Footprint) -> Iterator[Part]:
     # The bucket, and a copy of it ordered by rank (deepspeed/runtime/comm/coalesced_collectives.py).
     bucket = min(counted.parameters, elements["reduce_bucket_size"])
     yield Part("gradients being reduced", 2 * low * bucket, "pass")
-    if host_states:
-        yield Part("gradients handed to Adam", 0, "update", host_bytes=high * share)
+    group = min(share, elements["sub_group_size"])
+    if host_states:  # a buffer for each group
+        groups, rest = divmod(share, group)
+        handed = groups * _pinned_bytes(recipe, high * group) + _pinned_bytes(recipe, high * rest)
+        yield Part("gradients handed to Adam", 0, "update", host_bytes=handed)
     else:
-        yield Part("gradients handed to Adam", high * min(share, elements["sub_group_size"]), "update")
+        yield Part("gradients handed to Adam", high * group, "update")
 
 
 def _ddp_parts(recipe: FluxRecipe, counted: Footprint) -> Iterator[Part]:
@@ -125,6 +131,13 @@ def _state_bytes(recipe: FluxRecipe) -> int:
 def _zero_key(recipe: FluxRecipe, key: str, default: int) -> int:
     value = recipe.transformer.deepspeed.get("zero_optimization", {}).get(key, default)
     return default if value == "auto" else int(value)
+
+
+def _pinned_bytes(recipe: FluxRecipe, nbytes: int) -> int:
+    """What a buffer for gradients takes of the host: pinned, as DeepSpeed has it unless told otherwise, the next power
+    of two (PyTorch, ATen/core/CachingHostAllocator.h)."""
+    block = recipe.transformer.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return 1 << (nbytes - 1).bit_length() if nbytes and block.get("pin_memory", True) else nbytes
 
 
 def is_offloaded(recipe: FluxRecipe, key: str) -> bool:

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from cluster import runtime, storage
 from cluster.errors import UserError
+from cluster.evaluations import EVALUATION as EVALUATION_KIND
+from cluster.evaluations import FOLDER, KIND, PARENT
 from cluster.tracking import Tracker, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
@@ -232,11 +234,11 @@ def measure_checkpoint(recipe: Recipe, folder: Path) -> dict[str, float]:
 def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
     """An MLflow run of its own for the evaluation at `out`, below the run that trained the model, if that is known."""
     parent = find_run(evaluation.model.run_id) if evaluation.model.run_id else None
-    tags = {"medsynth.kind": "evaluation", "model": evaluation.model.uri, "evaluation_folder": storage.absolute(out)}
+    tags = {KIND: EVALUATION_KIND, "model": evaluation.model.uri, "evaluation_folder": storage.absolute(out)}
     tracker = Tracker.start(
         experiment=parent.experiment() if parent else EXPERIMENT,
         run_name=f"evaluate {evaluation.model.name}",
-        tags=tags | ({"mlflow.parentRunId": parent.run_id} if parent else {}),
+        tags=tags | ({PARENT: parent.run_id} if parent else {}),
     )
     tracker.log_params(
         {"model": evaluation.model.uri} | evaluation.generation.model_dump() if evaluation.generation else {}
@@ -249,7 +251,7 @@ def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
     )
     tracker.log_metrics({name: measure.value for name, measure in evaluation.measures.items()}, step=0)
     for name in (EVALUATION, "report.html"):
-        tracker.log_text(storage.read_bytes(storage.join(out, name)).decode(), f"evaluation/{name}")
+        tracker.log_text(storage.read_bytes(storage.join(out, name)).decode(), f"{FOLDER}/{name}")
     tracker.finish("FINISHED")
     return tracker
 

@@ -54,6 +54,13 @@ def gpu_named(name: str) -> Gpu:
     raise UserError(f"--gpu {name}: " + (f"did you mean '{guess}'? " if guess else "") + f"there are {known}")
 
 
+def gpu_of_type(accelerator_type: str | None) -> Gpu | None:
+    """The GPU that Ray calls so (A100, A100-80G, H200, ...), or None if it is not known."""
+    if accelerator_type is None or accelerator_type.endswith("40G"):
+        return None
+    return GPUS.get(accelerator_type.lower().removesuffix("-80g"))
+
+
 def gpu_here() -> Gpu | None:
     """This machine's first GPU with the memory it really has, or None if it has none."""
     if not torch.cuda.is_available():

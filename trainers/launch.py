@@ -96,6 +96,7 @@ def train_recipe(
             cpus_beside=cluster.cpus_per_worker if fidelity else 0,
             gpus_beside=int(fidelity.use_gpu) if fidelity else 0,
         )
+        family.check_fits(recipe, runtime.nodes())
         tracker = _begin(recipe, manifest, run, run_name)
         status: Status = "FAILED"
         try:

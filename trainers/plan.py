@@ -3,7 +3,7 @@
 Parameters, FLOPs and activations are counted (trainers/flux/footprint.py); all else follows in trainers/estimates.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import UserError
+from cluster.runtime import Node
 from trainers.estimates import (
     ACHIEVED_SHARE,
     HOST_BYTES_PER_PROCESS,
@@ -27,7 +28,7 @@ from trainers.estimates import (
 from trainers.flux.architecture import FLUX_1_DEV, FLUX_1_SCHNELL
 from trainers.flux.footprint import PIXELS_PER_LATENT, Footprint, footprint
 from trainers.flux.load import transformer_config
-from trainers.hardware import GIB, Gpu, gpu_here, gpu_named
+from trainers.hardware import GIB, GPUS, Gpu, gpu_here, gpu_named, gpu_of_type
 from trainers.recipe import FluxRecipe
 
 __all__ = ["Change", "Plan", "check_fits", "gpu_named", "plan_flux", "render"]
@@ -111,22 +112,49 @@ def plan_flux(recipe: FluxRecipe, *, num_gpus: int, gpu: Gpu, price_per_gpu_hour
     return replace(plan, remedies=tuple(remedies[:MOST_REMEDIES]))
 
 
-def check_fits(recipe: FluxRecipe, gpu: Gpu | None = None) -> None:
-    """Raise UserError, naming the shortage and the first change that helps, if the recipe cannot fit its GPUs.
+def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
+    """Raise UserError, naming the shortage and what helps, if `nodes` could never hold the run.
 
-    `gpu` is this machine's unless given. Without one nothing is known of the workers' GPUs, and nothing is checked.
+    What is not known of a machine, its kind of GPU or its memory, is taken to suffice; and so is what lies in host
+    memory beside the offloaded states, a few GiB a process.
     """
-    gpu = gpu or gpu_here()
-    if not recipe.cluster.use_gpu or gpu is None:
+    if not recipe.cluster.use_gpu:
         return
-    plan = plan_flux(recipe, num_gpus=recipe.cluster.num_workers, gpu=gpu, price_per_gpu_hour=None)
-    if plan.fits:
-        return
+    num_gpus = recipe.cluster.num_workers
+
+    def planned(gpu: Gpu) -> Plan:
+        return plan_flux(recipe, num_gpus=num_gpus, gpu=gpu, price_per_gpu_hour=None)
+
+    gpus = [(gpu_here() if node.is_here else None) or gpu_of_type(node.accelerator_type) for node in nodes]
+    plans = {gpu: planned(gpu) for gpu in gpus if gpu is not None}
+    fitting = [node for node, gpu in zip(nodes, gpus, strict=True) if gpu is None or plans[gpu].fits]
+    too_small = [plan for plan in plans.values() if not plan.fits]
+    if too_small and sum(node.num_gpus for node in fitting) < num_gpus:
+        raise _no_room_on_gpus(max(too_small, key=lambda plan: plan.gpu.memory_bytes))
+    any_plan = next(iter(plans.values()), None) or planned(GPUS["h100"])
+    host_bytes = sum(part.host_bytes for part in any_plan.parts)  # of one rank, beside whatever GPU
+    if sum(_num_ranks_held(node, host_bytes) for node in fitting) < num_gpus:
+        there = " + ".join(f"{(node.memory_bytes or 0) / GIB:.0f}" for node in fitting if node.num_gpus)
+        raise UserError(
+            f"{recipe.name} keeps {host_bytes / GIB:.0f} GiB for each of {num_gpus} GPUs in host memory, but the "
+            f"cluster's machines with GPUs have {there} GiB: take larger ones, or more of them, or offload less "
+            "(transformer.deepspeed.zero_optimization; medsynth plan shows more)"
+        )
+
+
+def _num_ranks_held(node: Node, host_bytes: float) -> int:
+    """One a GPU, unless host memory is known to hold fewer."""
+    if node.memory_bytes is None or not host_bytes:
+        return node.num_gpus
+    return min(node.num_gpus, int(node.memory_bytes // host_bytes))
+
+
+def _no_room_on_gpus(plan: Plan) -> UserError:
     command = plan.remedies[0].command.replace("--gpus ", "--set cluster.num_workers=") if plan.remedies else ""
     advice = f"it would fit with {command}" if command else "no change that medsynth knows makes it fit"
-    raise UserError(
-        f"{recipe.name} needs {plan.gpu_bytes / GIB:.0f} GiB on each of {plan.num_gpus} GPUs, but {gpu.product} has "
-        f"{gpu.memory_bytes / GIB:.0f} GiB; {advice} (medsynth plan shows more)"
+    return UserError(
+        f"{plan.recipe.name} needs {plan.gpu_bytes / GIB:.0f} GiB on each of {plan.num_gpus} GPUs, but "
+        f"{plan.gpu.product} has {plan.gpu.memory_bytes / GIB:.0f} GiB; {advice} (medsynth plan shows more)"
     )
 
 

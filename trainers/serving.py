@@ -12,7 +12,7 @@ import mlflow.models
 import pandas as pd
 from mlflow import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, Schema
 
 from cluster.errors import UserError

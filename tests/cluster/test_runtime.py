@@ -1,5 +1,6 @@
 """Connecting to Ray: an own cluster, a wrong address, a job too large."""
 
+import psutil
 import pytest
 import ray
 
@@ -26,11 +27,25 @@ def test_an_address_of_another_kind_is_explained(address: str, monkeypatch: pyte
         pass
 
 
+GPU_NODE = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 7e11, "object_store_memory": 2e11}
+
+
+def test_a_machine_by_what_ray_says_of_it() -> None:
+    assert runtime._node(GPU_NODE, False) == runtime.Node(8, "H100", 9 * 10**11, False)
+    assert runtime._node({"CPU": 2.0, "memory": 1e9}, True) == runtime.Node(0, None, None, True)
+    two_kinds = GPU_NODE | {"accelerator_type:A100": 1.0}
+    assert runtime._node(two_kinds, False).accelerator_type is None
+
+
 @pytest.mark.slow
 def test_an_own_cluster_offers_what_is_asked_and_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with runtime.connect(min_cpus=6):
         assert ray.cluster_resources()["CPU"] >= 6
+        (node,) = runtime.nodes()
+        assert node.is_here
+        assert node.memory_bytes is not None
+        assert 0.1 < node.memory_bytes / psutil.virtual_memory().total <= 1
         runtime.check_capacity(num_workers=3, cpus_per_worker=2, gpus_per_worker=0)
         with pytest.raises(UserError, match="100 workers need 200 CPUs"):
             runtime.check_capacity(num_workers=100, cpus_per_worker=2, gpus_per_worker=0)

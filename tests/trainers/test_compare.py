@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.errors import UserError
-from cluster.tracking import Tracker, evaluation_document
+from cluster.evaluations import evaluation_document
+from cluster.tracking import Tracker
 from tests.trainers.evaluations import extractor, made_evaluation, measure
 from trainers.compare import (
     Row,

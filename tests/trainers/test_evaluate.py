@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.evaluations import evaluation_document
 from cluster.tracking import Tracker
 from data_shards import Manifest, Settings, write_shards
 from data_shards.sources import medvqa_records
@@ -176,8 +177,6 @@ def test_mistakes_are_told_before_anything_is_drawn(judge: Judge, model: str, pr
 def test_an_evaluation_is_a_run_below_the_one_that_trained_the_model(
     judge: Judge, model: str, tracking_uri: str
 ) -> None:
-    from cluster.tracking import evaluation_document
-
     training = Tracker.start(experiment="e", run_name="training", tags={})
     found = judge(model)
     known = found.model_copy(update={"model": found.model.model_copy(update={"run_id": training.run_id})})

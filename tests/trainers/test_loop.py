@@ -57,15 +57,16 @@ def states(checkpoint: Path) -> dict[str, Tensor]:
     }
 
 
-def with_vae_training(recipe: MSDMRecipe, **changes: Any) -> MSDMRecipe:
-    training = recipe.vae.training.model_copy(update=changes)
-    return recipe.model_copy(update={"vae": recipe.vae.model_copy(update={"training": training})})
+def with_training(recipe: MSDMRecipe, stage: str, **changes: Any) -> MSDMRecipe:
+    document = recipe.model_dump()
+    document[stage]["training"] |= changes
+    return MSDMRecipe.model_validate(document)
 
 
 def vae_model(recipe: MSDMRecipe, run: RunFolder, tmp_path: Path) -> None:
-    """A barely trained autoencoder in the run's folder, which the denoiser stage starts from."""
+    """A barely trained autoencoder in the run's folder, which the denoiser stage starts from; trained in bf16."""
     reports = Reports()
-    recipe = with_vae_training(recipe, steps=2)
+    recipe = with_training(recipe, "vae", steps=2, precision="bf16")
     train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
     batches = next(msdm.open_stream(recipe, "vae", "train").batches())
     export_vae(recipe, reports.checkpoints[2], batches, Path(run.model("vae")))
@@ -96,6 +97,7 @@ def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
     recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, stopped, resumed = Reports(), Reports(), Reports()
+    recipe = with_training(recipe, "denoiser", precision="bf16")
     train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
     asked = count(1)
     stage, engine = msdm.build(recipe, "denoiser", run, CPU)
@@ -118,7 +120,7 @@ def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
 def test_the_stop_file_reaches_the_loop(recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "STOP_POLL_SECONDS", 0.01)
     run.request_stop()
-    recipe = with_vae_training(recipe, steps=10_000)
+    recipe = with_training(recipe, "vae", steps=10_000)
     reports = Reports()
     steps = train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
     assert steps < 10_000
@@ -128,7 +130,7 @@ def test_the_stop_file_reaches_the_loop(recipe: MSDMRecipe, run: RunFolder, monk
 
 
 def test_losses_fall_on_real_images(recipe: MSDMRecipe, run: RunFolder) -> None:
-    recipe = with_vae_training(recipe, steps=60, log_every_steps=10, learning_rate=5e-3)
+    recipe = with_training(recipe, "vae", steps=60, log_every_steps=10, learning_rate=5e-3)
     reports = Reports()
     train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
     losses = reports.series("loss")
@@ -202,8 +204,8 @@ def poisoned(recipe: MSDMRecipe, run: RunFolder) -> tuple[Stage, list[float]]:
 
 
 def train_poisoned(recipe: MSDMRecipe, stage: Stage, reports: Reports) -> DDPEngine:
-    recipe = with_vae_training(
-        recipe, micro_batch_size=4, log_every_steps=1, validate_every_steps=100, checkpoint_every_steps=1
+    recipe = with_training(
+        recipe, "vae", micro_batch_size=4, log_every_steps=1, validate_every_steps=100, checkpoint_every_steps=1
     )
     engine = DDPEngine(stage.model, recipe.vae.training, CPU)
     train(
@@ -236,7 +238,7 @@ def test_a_non_finite_step_leaves_the_weights_as_they_were(
 def test_a_diverged_run_ends_with_an_explanation(recipe: MSDMRecipe, poisoned: tuple[Stage, list[float]]) -> None:
     stage, factors = poisoned
     factors += [float("nan")] * (MAX_SKIPPED_STEPS + 5)
-    recipe = with_vae_training(recipe, steps=50)
+    recipe = with_training(recipe, "vae", steps=50)
     with pytest.raises(DivergedError, match="lower the learning rate"):
         train_poisoned(recipe, stage, Reports())
     assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import UserError
+from cluster.runtime import Node
 from tests.trainers.test_checkpointing import bytes_autograd_saves, loss_of, tiny_transformer
 from trainers.ema import EMA
 from trainers.estimates import ZERO3_DEFAULTS, parts_of
 from trainers.flux.architecture import FLUX_1_DEV, FLUX_1_SCHNELL
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import Counter, _count_pass, build_on_meta, footprint
-from trainers.hardware import GPUS
+from trainers.hardware import GIB, GPUS, gpu_of_type
 from trainers.plan import Plan, check_fits, gpu_named, plan_flux, render
 from trainers.recipe import FluxRecipe, LoRA, Training, load_recipe
 
@@ -165,13 +167,23 @@ def test_states_on_the_gpu_are_those_deepspeed_estimates(pretrained: str) -> Non
 
 
 def test_offloaded_states_are_those_deepspeed_estimates(pretrained: str) -> None:
-    plan = planned(recipe_of("flux-full-offload", pretrained, "transformer.training.ema_decay=0"), 2, "h100")
+    block = "transformer.deepspeed.zero_optimization.offload_optimizer"
+    recipe = recipe_of("flux-full-offload", pretrained, "transformer.training.ema_decay=0", f"{block}.pin_memory=false")
+    plan = planned(recipe, 2, "h100")
     cpu_bytes, gpu_bytes, largest_layer = estimate_zero3_model_states_mem_needs(
         PARAMETERS, 56_623_104, num_gpus_per_node=2, cpu_offload_params=False, additional_buffer_factor=1
     )
     assert bytes_of(plan, "weights") == pytest.approx(gpu_bytes - largest_layer, rel=1e-6)
     # DeepSpeed does not count that gradients lie there twice: accumulated, and handed to Adam.
     assert 2 * sum(part.host_bytes for part in plan.parts) == pytest.approx(cpu_bytes + 4 * PARAMETERS, rel=1e-6)
+
+
+def test_pinned_gradients_take_powers_of_two(pretrained: str) -> None:
+    """Half of 11.9 B gradients, 22.2 GiB, as one buffer of 32; and again as five full groups of 4 and a rest below."""
+    plan = planned(recipe_of("flux-full-offload", pretrained), 2, "h100")
+    by_name = {part.what: part.host_bytes / 2**30 for part in plan.parts}
+    assert by_name["gradients"] == 32
+    assert by_name["gradients handed to Adam"] == 5 * 4 + 4
 
 
 def held_by_zero3(optimizer_states: Literal["fp32", "bf16"]) -> dict[str, int]:
@@ -292,12 +304,70 @@ def test_every_remedy_works_as_it_is_printed(
         assert again.gpu_bytes == remedy.gpu_bytes
 
 
-def test_training_that_cannot_fit_does_not_begin(pretrained: str) -> None:
-    recipe = recipe_of("flux-full-1xh200", pretrained, "transformer.optimizer_states=fp32")
-    with pytest.raises(UserError, match=r"needs \d+ GiB .* has 139 GiB; it would fit with --set"):
-        check_fits(recipe, GPUS["h200"])
-    check_fits(recipe_of("flux-full-1xh200", pretrained), GPUS["h200"])
-    check_fits(recipe_of("flux-full-1xh200", pretrained, "cluster.use_gpu=false"), GPUS["l40s"])
+def nodes(*kinds: tuple[int, str | None, int | None]) -> list[Node]:
+    """Machines by (number of GPUs, Ray's name for them, GiB of the host)."""
+    return [Node(num_gpus, kind, None if gib is None else gib * GIB, is_here=False) for num_gpus, kind, gib in kinds]
+
+
+SELECTIVE = ("flux-full-8gpu", "transformer.activation_checkpointing=selective")
+FP32_STATES = ("flux-full-1xh200", "transformer.optimizer_states=fp32")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "there", "said"),
+    [
+        (FP32_STATES, nodes((8, "H200", 2000)), r"needs \d+ GiB .* NVIDIA H200 141GB SXM has 139 GiB; .* with --set"),
+        (FP32_STATES, nodes((1, "H200", None), (1, "L40S", None)), "H200 141GB SXM has 139 GiB"),
+        (SELECTIVE, nodes((7, "H100", None), (8, "L40S", None)), r"on each of 8 GPUs, but NVIDIA L40S"),
+        (
+            ("flux-full-offload",),
+            nodes((8, "H100", 256)),
+            r"keeps \d+ GiB for each of 2 GPUs in host memory.* have 256",
+        ),
+        (("flux-full-offload",), nodes((1, None, 100), (1, None, 256), (0, None, 900)), r"have 100 \+ 256 GiB"),
+    ],
+)
+def test_training_that_cannot_fit_does_not_begin(
+    pretrained: str, recipe: tuple[str, ...], there: list[Node], said: str
+) -> None:
+    name, *overrides = recipe
+    with pytest.raises(UserError, match=said) as error:
+        check_fits(recipe_of(name, pretrained, *overrides), there)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "there"),
+    [
+        (("flux-full-1xh200",), nodes((1, "H200", 64))),
+        (FP32_STATES, nodes((1, None, 64))),  # it might be any GPU
+        (FP32_STATES, nodes((1, "L40S", 64), (1, "MI300X", None))),  # it might run on the other
+        (("flux-full-1xh200", "cluster.use_gpu=false"), nodes((1, "L40S", 64))),
+        (("flux-full-8gpu",), nodes((4, "H100", 100), (4, "A100-80G", 100), (2, "L40S", 100))),
+        (("flux-full-offload",), nodes((1, "H100", 200), (1, "H100", 200))),
+        (("flux-full-offload",), nodes((2, "H100", None))),
+    ],
+)
+def test_training_that_may_fit_begins(pretrained: str, recipe: tuple[str, ...], there: list[Node]) -> None:
+    name, *overrides = recipe
+    check_fits(recipe_of(name, pretrained, *overrides), there)
+
+
+def test_of_this_machine_the_true_memory_counts(pretrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(GPUS["a100"], product="NVIDIA A100-SXM4-40GB", memory_bytes=40 * GIB)
+    monkeypatch.setattr("trainers.plan.gpu_here", lambda: here)
+    node = Node(8, "A100", None, is_here=True)
+    with pytest.raises(UserError, match="A100-SXM4-40GB has 40 GiB"):
+        check_fits(recipe_of("flux-full-8gpu", pretrained), [node])
+    check_fits(recipe_of("flux-full-8gpu", pretrained), [replace(node, is_here=False)])
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "name"),
+    [("H100", "h100"), ("A100", "a100"), ("A100-80G", "a100"), ("A100-40G", None), ("T4", None), (None, None)],
+)
+def test_gpus_by_rays_names(accelerator_type: str | None, name: str | None) -> None:
+    assert gpu_of_type(accelerator_type) == (GPUS[name] if name else None)
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_said(pretrained: str) -> None:

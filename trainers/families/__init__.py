@@ -3,12 +3,14 @@
 A module is read only when its family is trained: MSDM does not need DeepSpeed.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
+from cluster.runtime import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.recipe import Recipe, Training
@@ -28,6 +30,10 @@ class Family(Protocol):
 
     def check(self, recipe: Any) -> Manifest:
         """The manifest of the data. Raises UserError now, not after minutes, for what training will lack."""
+        ...
+
+    def check_fits(self, recipe: Any, nodes: Sequence[Node]) -> None:
+        """Raises UserError, before a worker starts, if the cluster's machines could never hold the training."""
         ...
 
     def open_stream(self, recipe: Any, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:

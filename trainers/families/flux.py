@@ -1,21 +1,24 @@
 """FLUX: one stage, its transformer, cut over the ranks by ZeRO-3 or, with adapters, replicated by DDP."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
 
 from cluster.errors import UserError
+from cluster.runtime import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
+from trainers import plan
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
-from trainers.engines.zero3 import Zero3Engine, deepspeed_config, load_partitioned, zero3_partitioned
+from trainers.engines.deepspeed_config import deepspeed_config
+from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
 from trainers.families import stream_from
 from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.flux.export import export_adapters, export_pipeline, lora_config
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
 from trainers.flux.stages import transformer_stage
-from trainers.plan import check_fits
 from trainers.recipe import FluxRecipe, Training
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
@@ -44,7 +47,6 @@ def check(recipe: FluxRecipe) -> Manifest:
             optimizer_states=settings.optimizer_states,
             keys=settings.deepspeed,
         )
-    check_fits(recipe)
     manifest = Manifest.load(recipe.data.shards)
     precomputed = check_precomputed(
         recipe.data.precomputed,
@@ -58,6 +60,10 @@ def check(recipe: FluxRecipe) -> Manifest:
     for split in ("train", "validation"):
         precomputed.split(split)
     return manifest
+
+
+def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
+    plan.check_fits(recipe, nodes)
 
 
 def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:

@@ -1,5 +1,6 @@
 """MSDM: the autoencoder, then the denoiser in its latents; both fit one device, so both are trained by DDP."""
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from cluster import storage
+from cluster.runtime import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine
@@ -33,6 +35,10 @@ def check(recipe: MSDMRecipe) -> Manifest:
         manifest.split(split)
     load_text_encoder(recipe.text_encoder)
     return manifest
+
+
+def check_fits(recipe: MSDMRecipe, nodes: Sequence[Node]) -> None:
+    """Nothing is refused: what MSDM takes, any GPU made for training has."""
 
 
 def open_stream(recipe: MSDMRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
