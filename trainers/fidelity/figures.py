@@ -41,7 +41,7 @@ METRICS = {
     "ms_ssim": Metric("MS-SSIM within a prompt", "Diversity", is_share=True),
     "copy_rate": Metric("Copy rate", "Memorisation", is_share=True),
     "nearer_to_training": Metric("Nearer to training images", "Memorisation", is_share=True),
-    "nearer_to_training_p_value": Metric("p of nearer to training images", "Memorisation"),
+    "nearer_to_training_p_value": Metric("Nearer to training images, p-value", "Memorisation"),
 }
 _ORDER = list(METRICS)
 
