@@ -37,7 +37,15 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-COMMANDS = [["shards", "write"], ["shards", "inspect"], ["shards", "verify"], ["train"], ["generate"]]
+COMMANDS = [
+    ["shards", "write"],
+    ["shards", "inspect"],
+    ["shards", "verify"],
+    ["train"],
+    ["generate"],
+    ["evaluate"],
+    ["compare"],
+]
 
 
 @pytest.mark.parametrize("command", [[], ["shards"], *COMMANDS])

@@ -22,6 +22,7 @@ from trainers.fidelity.figures import GROUPS, METRICS, MISSING, by_group, decima
 MOST_POINTS = 1500  # of each kind in the map: more would hide each other, and weigh on the page
 MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000.0, 620.0, 18.0
 MOST_NEIGHBOURS = 64  # that an evaluation keeps
+ASKED_SETTINGS = ("guidance_scale", "true_cfg_scale", "num_inference_steps")  # those that the command takes
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -111,7 +112,9 @@ def repeat_command(evaluation: Evaluation) -> str:
     options += [("num_samples", len(evaluation.samples))]
     options += [("extractor", extractor.uri) for extractor in evaluation.extractors.values()]
     if drawn is not None:
-        options += [("seed", drawn.seed), *drawn.settings.items()]
+        options += [("seed", drawn.seed), ("images_per_prompt", drawn.images_per_prompt)]
+        options += [("batch_size", drawn.batch_size)]
+        options += [(name, drawn.settings[name]) for name in ASKED_SETTINGS if name in drawn.settings]
     flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options if value is not None)
     return f"medsynth evaluate {shlex.quote(evaluation.model.uri)} {' '.join(flags)}"
 

@@ -54,7 +54,7 @@ def copy_pairs(neighbours: tuple[Neighbour, ...]) -> list[CopyPair]:
 def page(folder: Path, evaluation: Evaluation, **changes: Any) -> str:
     out = folder / "report.html"
     contents: dict[str, Any] = {"prompts": [], "pairs": [], "feature_map": None}
-    write_report(evaluation, **(contents | changes), out=out)
+    write_report(evaluation, **(contents | changes), out=str(out))
     return out.read_text()
 
 
@@ -94,8 +94,8 @@ def test_what_a_reader_must_be_told_is_told(tmp_path: Path) -> None:
 def test_the_command_repeats_the_evaluation() -> None:
     assert repeat_command(made_evaluation()) == (
         "medsynth evaluate models:/msdm-medvqa-gi/3 --data s3://data/medvqa-gi --split test --num-samples 1000 "
-        "--extractor inception.safetensors --extractor clip.safetensors --seed 0 --guidance-scale 4.0 "
-        "--num-inference-steps 50"
+        "--extractor inception.safetensors --extractor clip.safetensors --seed 0 --images-per-prompt 2 "
+        "--batch-size 8 --guidance-scale 4.0 --num-inference-steps 50"
     )
     of_folder = made_evaluation(generation=None)
     assert "--seed" not in repeat_command(of_folder)
