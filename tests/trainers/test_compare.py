@@ -321,7 +321,7 @@ def test_evaluations_are_found_by_run_and_by_model(tracking_uri: str, tmp_path: 
     for wrong, said in {
         "models:/tiny/2": "models:/tiny/2 has no finished evaluation: medsynth evaluate makes one",
         "models:/tiny/latest": "was registered without a run",
-        "models:/tiny/9": "no such model",
+        "models:/tiny/9": "has no version 9: there are 1, 2, 3",
         "models:/tiny@chump": "chump",
         "0" * 32: "not found",
     }.items():

@@ -101,7 +101,7 @@ def write_report(
         map=_drawn(feature_map) if feature_map is not None else None,
         command=repeat_command(evaluation),
     )
-    storage.write_bytes(out, html.encode())
+    storage.write_bytes(out, html.lstrip().encode())
 
 
 def repeat_command(evaluation: Evaluation) -> str:
