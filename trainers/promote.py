@@ -177,6 +177,11 @@ def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
             (theirs.reference.digest, theirs.reference.splits),
         ),
         ("prompts", ours.samples, theirs.samples),
+        (
+            "resolutions",
+            ours.generation and ours.generation.resolution,
+            theirs.generation and theirs.generation.resolution,
+        ),
         ("seeds", ours.generation and ours.generation.seed, theirs.generation and theirs.generation.seed),
         (
             "extractors",

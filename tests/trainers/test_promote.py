@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from cluster import storage
 from cluster.errors import UserError
@@ -55,6 +56,7 @@ class World:
     digest: str = "r" * 64
     seeds: dict[int, int] = field(default_factory=dict)
     prompts: dict[int, str] = field(default_factory=dict)
+    resolution: dict[int, int] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
     writes_features: bool = True
     on_evaluate: Callable[[int], None] = lambda version: None
@@ -75,7 +77,11 @@ class World:
                 shards="shards", name="set", digest=self.digest, splits=("test",), num_images=9, num_training_images=9
             ),
             generation=Generation(
-                seed=self.seeds.get(version, 0), settings={}, resolution=16, device="cpu", seconds_per_image=1.0
+                seed=self.seeds.get(version, 0),
+                settings={},
+                resolution=self.resolution.get(version, 16),
+                device="cpu",
+                seconds_per_image=1.0,
             ),
             samples=(SampleRecord(prompt=self.prompts.get(version, "a polyp")),) * NUM_SAMPLES,
             measures={
@@ -287,6 +293,10 @@ def _other_seed(world: World, model: RegisteredModel) -> None:
     world.seeds = {1: 1}
 
 
+def _other_resolution(world: World, model: RegisteredModel) -> None:
+    world.resolution = {1: 32}
+
+
 def _other_prompts(world: World, model: RegisteredModel) -> None:
     world.prompts = {1: "no polyp"}
 
@@ -306,6 +316,7 @@ def _champion_already(world: World, model: RegisteredModel) -> None:
         ("models:/model/2", _no_features, {}, "evaluations/model-2 has no features by random_vgg"),
         ("models:/model/2", _other_reference, {}, "made with other real images"),
         ("models:/model/2", _other_seed, {}, "made with other seeds"),
+        ("models:/model/2", _other_resolution, {}, "made with other resolutions"),
         ("models:/model/2", _other_prompts, {}, "made with other prompts"),
         ("models:/model/2", None, {"measure": "kid_dinov2"}, "'kid_dinov2' was not measured"),
         ("models:/model/2", None, {"measure": "copy_rate_random_vgg"}, "no paired difference of 'copy_rate'"),
@@ -381,14 +392,21 @@ def test_wherever_the_server_fails_the_champion_is_whole_and_another_try_complet
     assert model.aliases() == {"champion": 2, "previous": 1}
 
 
-def test_whoever_has_no_right_is_told_so(model: RegisteredModel, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        MlflowException("Permission denied", PERMISSION_DENIED),
+        MlflowException("API request to endpoint /api/2.0/... failed with error code 403 != 200. Response body: ''"),
+    ],
+)
+def test_whoever_has_no_right_is_told_so(
+    model: RegisteredModel, world: World, refusal: MlflowException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: Any) -> None:
-        raise MlflowException("Permission denied", 7)  # PERMISSION_DENIED
+        raise refusal
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
-    with pytest.raises(
-        UserError, match=r"alias 'champion' of model at .*: access refused; set MLFLOW_TRACKING_USERNAME"
-    ):
+    with pytest.raises(UserError, match=r"alias 'champion' of model at .*: access refused; set MLFLOW_TRACKING_USER"):
         try_to_promote("models:/model/1", world)
     assert model.aliases() == {}
 

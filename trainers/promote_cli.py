@@ -1,0 +1,168 @@
+"""The command `medsynth promote`."""
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster import storage
+from cluster.errors import UserError
+from cluster.progress import progress_lines
+from cluster.promotion import PromotionDecision
+
+console = Console(highlight=False)
+REFUSED = 3
+"""Exit code of a promotion that the gates refuse."""
+
+
+def promote(
+    model: Annotated[str, typer.Argument(help="The candidate: models:/NAME/VERSION or models:/NAME/latest.")],
+    data: Annotated[
+        str | None, typer.Option(help="Shards that it was trained on, with held-out splits: a folder or s3:// prefix.")
+    ] = None,
+    gates: Annotated[str | None, typer.Option(help="YAML of what differs from recipes/gates/default.yaml.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Whose captions and images to compare with. Default: all but train.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=2, help="Images that candidate and champion each draw.")] = 256,
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 2,
+    extractor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KIND or KIND:WEIGHTS, as of medsynth evaluate; may be given several times, the first decides on "
+            "copies. Default: random-vgg."
+        ),
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: each model's own.")] = None,
+    true_cfg_scale: Annotated[float | None, typer.Option(min=1, help="FLUX. Default: each model's own.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Default: each model's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Both draw from the same seeds.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of both evaluations. Default: promotions/…")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside them.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and say so, but change nothing.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous champion champion again.")] = False,
+    unlock: Annotated[bool, typer.Option("--unlock", help="Remove the lock of a promotion that died.")] = False,
+) -> None:
+    """Make a model the champion of its name, if it passes the gates; exit with 3 if it does not.
+
+    medsynth promote models:/msdm-demo/latest --data demo/shards --num-samples 128
+    """
+    if unlock:
+        _unlock(model)
+        return
+    if rollback:
+        _roll_back(model)
+        return
+    if data is None:
+        raise UserError("give --data SHARDS, the shards that the candidate was trained on")
+
+    from trainers.evaluate import Request, evaluate
+    from trainers.fidelity.bootstrap import paired_difference
+    from trainers.fidelity.evaluation import Evaluation
+    from trainers.fidelity.extractors import open_extractor
+    from trainers.fidelity.features import reference_features
+    from trainers.generate import default_device
+    from trainers.promote import Features, load_gates
+    from trainers.promote import promote as decide_and_act
+
+    place = out or f"promotions/{datetime.now():%Y%m%d-%H%M%S}"
+    features = cache or storage.join(place, "features")
+    chosen = device or default_device()
+    asked = {
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "num_inference_steps": num_inference_steps,
+    }
+    request = Request(
+        shards=data,
+        splits=tuple(split) if split else None,
+        num_samples=num_samples,
+        images_per_prompt=images_per_prompt,
+        seed=seed,
+        extractors=tuple(extractor or ("random-vgg",)),
+        settings={name: value for name, value in asked.items() if value is not None},
+        batch_size=batch_size,
+    )
+
+    def real_features(evaluation: Evaluation, label: str) -> Features:
+        assert evaluation.generation is not None
+        return reference_features(
+            data,
+            evaluation.reference.splits,
+            open_extractor(evaluation.extractors[label].uri, chosen),
+            resolution=evaluation.generation.resolution,
+            cache=features,
+        ).features
+
+    console.print(f"Evaluations in [bold]{place}[/]; to go on with them: --out {place}", soft_wrap=True)
+    with progress_lines(console) as on_progress:
+
+        def judge(model_uri: str, folder: str) -> Evaluation:
+            console.print(f"Evaluating {model_uri}")
+            return evaluate(
+                model_uri,
+                request,
+                folder,
+                cache=features,
+                num_workers=workers,
+                device=chosen,
+                on_progress=on_progress,
+            )
+
+        outcome = decide_and_act(
+            model,
+            data,
+            place,
+            gates=load_gates(gates),
+            evaluate=judge,
+            real_features=real_features,
+            paired_difference=paired_difference,
+            seed=seed,
+            dry_run=dry_run,
+        )
+    rival = "no champion yet" if outcome.champion is None else f"champion {outcome.champion}"
+    console.print(table_of(outcome.decision, title=f"{outcome.name}: candidate {outcome.candidate}, {rival}"))
+    accepted = outcome.decision.accepted
+    done = {
+        (True, True): f"models:/{outcome.name}@champion is now version {outcome.candidate}.",
+        (True, False): "It would become champion. Nothing was changed.",
+        (False, False): "Refused. The champion stays.",
+    }[accepted, outcome.moved]
+    console.print(done, style="green" if accepted else "red")
+    if outcome.audit_run:
+        console.print(f"Recorded in MLflow run {outcome.audit_run} and in the version's tags.")
+    if not accepted:
+        raise typer.Exit(REFUSED)
+
+
+def table_of(decision: PromotionDecision, *, title: str) -> Table:
+    """Every gate, whether it was passed, and why."""
+    table = Table(title=title, title_justify="left")
+    for column in ("gate", "passed", "why"):
+        table.add_column(column, overflow="fold")
+    for check in decision.checks:
+        table.add_row(check.gate, "[green]yes[/]" if check.passed else "[red]no[/]", check.reason)
+    return table
+
+
+def _roll_back(uri: str) -> None:
+    from trainers.promote import rollback
+
+    before, after = rollback(uri)
+    console.print(f"The champion is version {after} again; version {before} is 'previous'.")
+
+
+def _unlock(uri: str) -> None:
+    from cluster.registry import RegisteredModel
+
+    model, _ = RegisteredModel.of(uri)
+    console.print("Unlocked." if model.unlock() else f"'{model.name}' was not locked.")
