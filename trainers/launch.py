@@ -350,12 +350,14 @@ def _measure_beside(
 
     The work is that of a task within: if this process died, as by lack of memory, Ray would end the training.
     """
-    assert recipe.fidelity is not None
-    # Ray itself would go on for ever with a process that is killed for its memory.
-    options = {"num_cpus": recipe.cluster.cpus_per_worker, "num_gpus": int(recipe.fidelity.use_gpu), "max_retries": 0}
+    use_gpu = recipe.fidelity is not None and recipe.fidelity.use_gpu
+    # Ray itself would try for ever where a process is killed for its memory.
+    measure = ray.remote(_measure).options(
+        num_cpus=recipe.cluster.cpus_per_worker, num_gpus=int(use_gpu), max_retries=0
+    )
     for _ in range(MEASURE_ATTEMPTS):
         try:
-            measured = ray.get(ray.remote(_measure).options(**options).remote(recipe, stage, run, checkpoint))
+            measured = ray.get(measure.remote(recipe, stage, run, checkpoint))
         except RayTaskError as error:
             failure: Exception = error.cause
             break

@@ -135,7 +135,7 @@ def check_fidelity(trained: TrainedRun, steps: list[int]) -> None:
 
 
 def test_a_measurement_that_fails_is_said_and_ends_nothing(
-    recipe_document: dict[str, Any], tracking_uri: str, one_ray: None, tmp_path: Path
+    recipe_document: dict[str, Any], tracking_uri: str, slow_measurement: None, one_ray: None, tmp_path: Path
 ) -> None:
     recipe = with_values(recipe_document, fidelity={"every_steps": 2})
     tracker = Tracker.start(experiment="e", run_name="r", tags={})

@@ -4,8 +4,10 @@ import io
 
 from rich.console import Console
 
-from trainers.launch import Progress
-from trainers.watch import Watch
+from cluster.tracking import Tracker
+from trainers.launch import Progress, TrainedRun
+from trainers.run_folder import RunFolder
+from trainers.watch import Watch, summarize
 
 REPORTS = [
     Progress("vae", 50, 100, {"loss": 0.51, "images_per_second": 12.34, "learning_rate": 1e-4}),
@@ -33,3 +35,18 @@ def test_a_terminal_gets_a_bar_that_keeps_the_last_figures() -> None:
             watch.show(report)
     last = [line for line in out.getvalue().splitlines() if "100/100" in line][-1]
     assert "validation loss 0.2500" in last
+
+
+def test_the_summary_has_the_last_fidelity_and_what_failed() -> None:
+    out = io.StringIO()
+    trained = TrainedRun(
+        folder=RunFolder("runs/a"),
+        stages=("vae", "denoiser"),
+        tracker=Tracker("sqlite:///mlflow.db", "run"),
+        metrics={"denoiser/loss": 0.5, "fidelity/fid_random_vgg": 12.3456, "fidelity/recall": 0.25},
+        model_uri="models:/a/1",
+        failures={"fidelity at step 20": "cannot read weights [abc]"},
+    )
+    summarize(Console(file=out, width=200, highlight=False), trained, "a polyp")
+    assert "fid random vgg 12.35  recall 0.25" in out.getvalue()
+    assert "Failed: fidelity at step 20: cannot read weights [abc]" in out.getvalue()
