@@ -165,6 +165,8 @@ def _digest(network: nn.Module, settings: dict[str, Any]) -> str:
     """SHA-256 over preprocessing and weights, whatever kind of file they came from."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
+        if name.endswith("num_batches_tracked"):  # some published files have it, others do not, and it does nothing
+            continue
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(tensor.contiguous().view(-1).numpy().data)
     return digest.hexdigest()

@@ -49,7 +49,7 @@ class SquareResize:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return asdict(self) | {"resize": self.resize}
+        return asdict(self) | {"filter": "bicubic"}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         with ThreadPoolExecutor(RESIZING_THREADS) as pool:
@@ -85,7 +85,7 @@ class ProcessorResize:
         target = f"shorter side {edge}" if edge else f"{size.get('height')} × {size.get('width')}"
         cropped = f", then centre crop {crop['height']} × {crop['width']}" if self._is_cropped and crop else ""
         kind = Image.Resampling(self._processor.resample).name.lower()
-        return f"antialiased {kind} to {target}{cropped} in uint8 (Pillow, as its preprocessor_config.json says)"
+        return f"antialiased {kind} to {target}{cropped} in uint8 (Pillow)"
 
     @property
     def _is_cropped(self) -> bool:

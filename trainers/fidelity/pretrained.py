@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel
+from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
 from cluster.weights import local_weights
@@ -104,7 +105,13 @@ def _check_type(folder: Path, model_types: Sequence[str]) -> None:
 
 def _loaded(model_class: Any, folder: Path) -> tuple[Any, list[str]]:
     """The model in float32, and names of its tensors that the weights lack, which are random then."""
-    model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is looked at here; the rest is heads that none needs
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return model, sorted(info["missing_keys"])
 
 
@@ -119,7 +126,7 @@ def _checked(network: Vision, preprocessing: Preprocessing) -> tuple[Vision, Pre
     try:
         with torch.inference_mode():
             network.dim = network.eval()(preprocessing(black)).shape[1]
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"it gives no class token and no pooled output for an image alone: {reason}") from None
     return network, preprocessing
