@@ -267,7 +267,8 @@ def memorization_measures(
             num_generated=n,
             num_real=num_train,
             about=f"share of images within {threshold.distance:.3g} of a training image, where "
-            f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out ones{few}); interval exact",
+            f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out "
+            f"ones{few}); exact interval",
         ),
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),
@@ -277,7 +278,8 @@ def memorization_measures(
             num_generated=n,
             num_real=num_train + num_held_out,
             about=f"share whose nearest real image is a training image ({num_train}), not a held-out one "
-            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); interval exact",
+            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); "
+            "interval exact",
         ),
         "nearer_to_training_p_value": Measure(
             value=bias.p_value,
