@@ -238,7 +238,7 @@ def memorization_measures(
     *,
     seed: int,
 ) -> tuple[dict[str, Measure], tuple[Neighbour, ...]]:
-    """Copy rate, nearest distance and the train-versus-held-out test; and the nearest pairs, nearest first.
+    """Copy rate and the train-versus-held-out test; and the nearest pairs, nearest first, at most MAX_NEIGHBOURS.
 
     `train` [T, D] are the training images, row i of key train_keys[i]; `held_out` [H, D] are real images that were not
     trained on. Raises UserError if there are no training or no held-out images.
