@@ -15,15 +15,13 @@ PARTS = (1, 2, 3, 4)
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½): Heusel et al. 2017 (arXiv 1706.08500, Eq. 6).
 
-    Σa Σb has the eigenvalues of Fᵀ Σb F where Σa = F Fᵀ. That product is symmetric, so they are real, and a covariance
-    of deficient rank does no harm.
+    With Σ = F Fᵀ the last trace is the sum of the singular values of Faᵀ Fb: Σa Σb has their squares as eigenvalues.
+    Taking the root before the product, not after, keeps the digits of small variances beside large ones, and no
+    square root of a non-symmetric matrix is needed.
     """
     gap = a.mean - b.mean
     covariance_a, covariance_b = a.covariance, b.covariance
-    variances, axes = scipy.linalg.eigh(covariance_a, check_finite=True, driver="evd")
-    factor = axes * np.sqrt(variances.clip(min=0))
-    eigenvalues = np.linalg.eigvalsh(factor.T @ covariance_b @ factor)
-    overlap = np.sqrt(eigenvalues.clip(min=0)).sum()
+    overlap = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
     return float(gap @ gap + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
 
 
@@ -82,6 +80,14 @@ def _intercept(distance: Callable[[Rows, Rows], float], rows: Rows, columns: Row
         for s in PARTS
     ]
     return float(np.polyfit(PARTS, means, 1)[-1])
+
+
+def _factor(covariance: Float64) -> Float64:
+    """F [D, R] with F Fᵀ = Σ, by eigenvectors: Σ may be of deficient rank R."""
+    variances, axes = scipy.linalg.eigh(covariance, driver="evd")
+    is_more_than_rounding = variances > len(variances) * np.finfo(np.float64).eps * variances[-1]
+    factor: Float64 = (axes * np.sqrt(variances.clip(min=0)))[:, is_more_than_rounding]
+    return factor
 
 
 def _about_common_mean(generated: Features, real: Features) -> tuple[Float64, Float64]:

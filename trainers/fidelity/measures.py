@@ -238,7 +238,7 @@ def memorization_measures(
     *,
     seed: int,
 ) -> tuple[dict[str, Measure], tuple[Neighbour, ...]]:
-    """Copy rate, nearest distance and the train-versus-held-out test; and the nearest pairs, nearest first.
+    """Copy rate and the train-versus-held-out test; and the nearest pairs, nearest first, at most MAX_NEIGHBOURS.
 
     `train` [T, D] are the training images, row i of key train_keys[i]; `held_out` [H, D] are real images that were not
     trained on. Raises UserError if there are no training or no held-out images.
@@ -267,7 +267,8 @@ def memorization_measures(
             num_generated=n,
             num_real=num_train,
             about=f"share of images within {threshold.distance:.3g} of a training image, where "
-            f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out ones{few}); interval exact",
+            f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out "
+            f"ones{few}); exact interval",
         ),
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),
@@ -277,7 +278,8 @@ def memorization_measures(
             num_generated=n,
             num_real=num_train + num_held_out,
             about=f"share whose nearest real image is a training image ({num_train}), not a held-out one "
-            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); interval exact",
+            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); "
+            "interval exact",
         ),
         "nearer_to_training_p_value": Measure(
             value=bias.p_value,

@@ -30,7 +30,7 @@ def pixels(images: tuple[Image.Image, ...]) -> NDArray[np.uint8]:
 def pixel_features(images: tuple[Image.Image, ...], *, side: int = 8) -> NDArray[np.float32]:
     """Float32 [N, side * side * 3] in [0, 1]."""
     small = [np.asarray(image.resize((side, side), Image.Resampling.BOX)) for image in images]
-    return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
+    return np.stack(small).reshape(len(small), -1).astype(np.float32) / np.float32(255)
 
 
 def blurred(images: tuple[Image.Image, ...], radius: float) -> tuple[Image.Image, ...]:
