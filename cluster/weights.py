@@ -20,6 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from safetensors import safe_open
 
 from cluster import storage
+from cluster.digests import file_digest
 from cluster.errors import UserError
 
 PACKAGE_SCHEME = "package://"
@@ -80,7 +81,8 @@ def weight_files(pretrained: str, component: str) -> Iterator[Path]:
 def component_digest(pretrained: str, component: str) -> str:
     """SHA-256 over the names and contents of a component's configuration, vocabulary and weights.
 
-    Read in blocks, from where they are: neither memory nor disk ever holds a whole file.
+    Read in blocks, from where they are: neither memory nor disk ever holds a whole file. Large local files that stay
+    as they are, are read once (cluster/digests.py); what is remote, each time.
     """
     if storage.is_remote(pretrained):
         return _digest_below(storage.join(pretrained, component), pretrained)
@@ -144,6 +146,11 @@ def _digest_below(uri: str, pretrained: str) -> str:
 
 
 def _file_digest(uri: str) -> str:
+    if not storage.is_remote(uri):
+        try:
+            return file_digest(Path(uri.removeprefix("file://")))
+        except OSError as error:
+            raise UserError(f"cannot read {uri}: {error.strerror}") from None
     digest = hashlib.sha256()
     total = storage.size(uri)
     for start in range(0, total, BLOCK_BYTES):

@@ -1,5 +1,6 @@
 """Weights by name: folders, packages, object storage, and the hub's cache; one file at a time; never a pickle."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from cluster import storage
+from cluster import digests, storage
 from cluster.errors import UserError
 from cluster.weights import component_config, component_digest, local_weights, weight_files
 
@@ -125,11 +126,35 @@ def test_digests_are_of_names_and_contents_wherever_they_are(model: str, tmp_pat
         component_digest(model, "vae")
 
 
-def test_large_files_are_digested_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_files_are_digested_in_blocks(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(tmp_path / "model")
-    whole = component_digest(str(folder), "transformer")
+    storage.upload_folder(folder, f"{bucket}/model")
     monkeypatch.setattr("cluster.weights.BLOCK_BYTES", 7)
-    assert component_digest(str(folder), "transformer") == whole
+    assert component_digest(f"{bucket}/model", "transformer") == component_digest(str(folder), "transformer")
+
+
+def test_a_large_local_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "model")
+    large = folder / "transformer" / "large.safetensors"
+    large.write_bytes(b"a" * digests.KEPT_FROM_BYTES)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.0)
+    before = component_digest(str(folder), "transformer")
+    monkeypatch.setattr(digests, "KEPT_FROM_BYTES", 0)
+    reads: list[Path] = []
+    read = digests._read
+    monkeypatch.setattr(digests, "_read", lambda path: reads.append(path) or read(path))  # type: ignore[func-returns-value]
+    assert component_digest(str(folder), "transformer") == before
+    assert reads
+    assert large not in reads
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("cluster.weights.file_digest", denied)
+    with pytest.raises(UserError, match=r"cannot read .*/transformer/.*: Permission denied"):
+        component_digest(str(make_model(tmp_path / "model")), "transformer")
 
 
 @pytest.mark.parametrize(
