@@ -10,7 +10,7 @@ from rich.markup import escape
 from cluster.errors import UserError
 from data_shards.cli import app as shards
 from trainers import cli as trainers
-from trainers import compare_cli, evaluate_cli
+from trainers import compare_cli, evaluate_cli, promote_cli
 
 # A user's terminal is for our messages; libraries below speak up through exceptions.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,6 +29,7 @@ app.command()(trainers.train)
 app.command()(trainers.generate)
 app.command()(evaluate_cli.evaluate)
 app.command()(compare_cli.compare)
+app.command()(promote_cli.promote)
 app.command()(trainers.plan)
 app.command()(trainers.export)
 
