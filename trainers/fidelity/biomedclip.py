@@ -112,7 +112,10 @@ def load_biomedclip(weights: str) -> tuple[BiomedCLIP, Preprocessing]:
         if file is None:
             raise UserError(f"there is no {' or '.join(WEIGHTS)} in '{weights}'")
         state = read_file(file)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"its tokenizer cannot be read: {str(error).strip().splitlines()[0]}") from None
     try:
         network = BiomedCLIP(state, config["model_cfg"]["text_cfg"], tokenizer)
     except KeyError as error:

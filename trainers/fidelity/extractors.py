@@ -127,13 +127,11 @@ def open_extractor(uri: str, device: str = "cpu") -> Extractor:
     record = ExtractorRecord(
         uri=uri, digest=_digest(network, preprocessing.settings), dim=network.dim, resize=preprocessing.resize
     )
-    extractor_class: type[Any] = (
-        ClassifyingExtractor
-        if isinstance(network, InceptionV3)
-        else PromptExtractor
-        if isinstance(network, ImageTextEncoder)
-        else Extractor
-    )
+    extractor_class: type[Any] = Extractor
+    if isinstance(network, InceptionV3):
+        extractor_class = ClassifyingExtractor
+    elif isinstance(network, ImageTextEncoder):
+        extractor_class = PromptExtractor
     extractor: Extractor = extractor_class(
         label=label_of(uri), record=record, network=network.to(device), preprocessing=preprocessing, device=device
     )

@@ -1,5 +1,8 @@
-"""Pixels to what an extractor's network reads. Every resize is antialiased: one that is not moves FID by more than many
-a change of the model does (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation")."""
+"""Pixels to what an extractor's network reads.
+
+Every resize is antialiased: images resized without it give another FID, by as much as another model would (Parmar et
+al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass

@@ -1,8 +1,8 @@
 """VGG-16 with random weights: features where no trained weights can be had, or none of the image's domain.
 
-Naeem et al. 2020 (2002.09797, section 5) embed by a VGG-16 that was never trained, at its second fully connected layer
-(R4096), and find that metrics on it tell models apart also where ImageNet's features are out of place. They publish no
-weights and no generator of them; ours are these, fixed once for all:
+Naeem et al. 2020 (2002.09797) embed by a VGG-16 that was never trained, at its second fully connected layer, where
+ImageNet's features are out of place. With their code come neither weights nor a generator of them; ours are these,
+fixed once for all:
 
 - Philox4x64 (Salmon et al. 2011) with key SEED, whose bits NumPy promises never to change; layers in order, each weight
   in C order; a weight's draw u is the upper 24 bits of 32 of the stream, the lower half of each 64-bit word first.

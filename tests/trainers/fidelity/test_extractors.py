@@ -33,7 +33,6 @@ from tests.trainers.fidelity.seeded_weights import pattern, seeded_state
 from trainers.fidelity.biomedclip import VisionTransformer
 from trainers.fidelity.evaluation import measure_name
 from trainers.fidelity.extractors import (
-    KINDS,
     ClassifyingExtractor,
     Extractor,
     PromptExtractor,
@@ -431,10 +430,10 @@ def test_a_biomedclip_of_other_parts_is_refused(text_encoder_folder: Path, tmp_p
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match=r"they lack 'text.proj.2.weight'"):
         open_extractor(f"biomedclip:{tmp_path}")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"its tokenizer cannot be read"):
+        open_extractor(f"biomedclip:{tmp_path}")
     config.unlink()
     with pytest.raises(UserError, match=r"there is no open_clip_config.json"):
         open_extractor(f"biomedclip:{tmp_path}")
-
-
-def test_every_kind_says_what_it_needs() -> None:
-    assert all(kind.weights for name, kind in KINDS.items() if name != "random-vgg")

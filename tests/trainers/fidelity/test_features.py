@@ -1,6 +1,7 @@
 """Features of real images: in the manifest's order, computed once, whoever computes them, and never half."""
 
 import logging
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_shares_put_together_are_the_whole_whoever_takes_them(
     def by_workers(shares: Sequence[Share]) -> Iterable[ReferenceFeatures]:
         done = {
             number: extract_share(share, Counting().extractor, shards_uri=shards, resolution=RESOLUTION)
-            for number, share in reversed(list(enumerate(shares)))
+            for number, share in reversed(list(enumerate(pickle.loads(pickle.dumps(shares)))))
         }
         return [done[number] for number in range(len(shares))]
 
