@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ class PromptExtractor(Extractor):
             return self.network.prompt_features(prompts).float().cpu()
 
 
+@lru_cache(maxsize=8)
 def open_extractor(uri: str, device: str = "cpu") -> Extractor:
     """A ClassifyingExtractor, a PromptExtractor, or an Extractor that gives features alone.
 
