@@ -6,8 +6,9 @@ replicate takes a random half of either set (the delete-half jackknife: Shao & W
 subsampling: Politis & Romano 1994, Annals of Statistics 22(4)). The value on half a set scatters around the value on
 the whole as the latter scatters around its expectation: Var(θ_n/2 | data) ≈ 2σ²/n · (1 - 1/2) = σ²/n. Only the scatter
 is taken from the replicates: the interval is the value on all images ± 1.96 of their standard deviation, and is about
-its expectation at those numbers of images, whatever bias a metric has there. By simulation (tests, Gaussians) it holds
-that in 95 to 98 % of cases, and oftener where two sets hardly differ.
+its expectation at those numbers of images, whatever bias a metric has there. By simulation on Gaussians, 60
+images against 50, it holds that in 94 to 99 % of cases, oftener where two sets hardly differ; density and coverage of
+some 20 images only in 80 to 90 %.
 
 Means over images have no such trouble and are resampled with replacement.
 """

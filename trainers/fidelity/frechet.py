@@ -19,10 +19,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     Taking the root before the product, not after, keeps the digits of small variances beside large ones, and no
     square root of a non-symmetric matrix is needed.
     """
-    gap = a.mean - b.mean
-    covariance_a, covariance_b = a.covariance, b.covariance
-    overlap = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
-    return float(gap @ gap + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
+    return _distance(a.mean - b.mean, _factor(a.covariance), _factor(b.covariance))
 
 
 def fid(generated: Features, real: Features) -> float:
@@ -30,21 +27,19 @@ def fid(generated: Features, real: Features) -> float:
 
     It is biased upwards at finite N and M: compare values only at equal sizes.
     """
-    if min(len(generated), len(real)) > generated.shape[1]:
-        return frechet_distance(GaussianStatistics.of(generated), GaussianStatistics.of(real))
-    x, y = _about_common_mean(generated, real)
-    gap = x.mean(axis=0) - y.mean(axis=0)
-    return float(gap @ gap) + _variance(x) + _variance(y) - 2 * _overlap(x @ y.T)
+    gap = generated.mean(axis=0, dtype=np.float64) - real.mean(axis=0, dtype=np.float64)
+    return _distance(gap, _factor_of_features(generated), _factor_of_features(real))
 
 
 def fid_on_rows(generated: Features, real: Features) -> Callable[[Rows, Rows], float]:
     """(rows of generated, rows of real) -> FID between them, for many resamples: inner products are taken once."""
-    x, y = _about_common_mean(generated, real)
+    origin = real.mean(axis=0, dtype=np.float64)  # moved there, features far from zero keep their digits
+    x, y = generated - origin, real - origin
     xx, yy, xy = x @ x.T, y @ y.T, x @ y.T
 
     def distance(rows: Rows, columns: Rows) -> float:
         if min(len(rows), len(columns)) > x.shape[1]:
-            return frechet_distance(GaussianStatistics.of(x[rows]), GaussianStatistics.of(y[columns]))
+            return fid(x[rows], y[columns])
         cross = xy[np.ix_(rows, columns)]
         norm_x, variance_x = _moments_by_gram(xx[np.ix_(rows, rows)])
         norm_y, variance_y = _moments_by_gram(yy[np.ix_(columns, columns)])
@@ -82,6 +77,12 @@ def _intercept(distance: Callable[[Rows, Rows], float], rows: Rows, columns: Row
     return float(np.polyfit(PARTS, means, 1)[-1])
 
 
+def _distance(gap: Float64, factor_a: Float64, factor_b: Float64) -> float:
+    """From the difference of the means and a factor [D, R] of each covariance."""
+    overlap = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
+    return float(gap @ gap + np.square(factor_a).sum() + np.square(factor_b).sum() - 2 * overlap)
+
+
 def _factor(covariance: Float64) -> Float64:
     """F [D, R] with F Fᵀ = Σ, by eigenvectors: Σ may be of deficient rank R."""
     variances, axes = scipy.linalg.eigh(covariance, driver="evd")
@@ -90,17 +91,15 @@ def _factor(covariance: Float64) -> Float64:
     return factor
 
 
-def _about_common_mean(generated: Features, real: Features) -> tuple[Float64, Float64]:
-    """In float64, moved so that inner products of features far from zero keep their digits."""
-    origin = real.mean(axis=0, dtype=np.float64)
-    return generated - origin, real - origin
-
-
-def _variance(x: Float64) -> float:
-    """Trace of the unbiased covariance of [N, D]."""
-    if len(x) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {len(x)}")
-    return float(np.square(x - x.mean(axis=0)).sum() / (len(x) - 1))
+def _factor_of_features(features: Features) -> Float64:
+    """Of the covariance of [N, D]. Of few samples the centred features are one, and as small as the set."""
+    n, dim = features.shape
+    if n > dim:
+        return _factor(GaussianStatistics.of(features).covariance)
+    if n < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {n}")
+    centred: Float64 = (features - features.mean(axis=0, dtype=np.float64)) / np.sqrt(n - 1)
+    return centred.T
 
 
 def _moments_by_gram(gram: Float64) -> tuple[float, float]:
@@ -110,11 +109,7 @@ def _moments_by_gram(gram: Float64) -> tuple[float, float]:
 
 
 def _overlap(cross: Float64) -> float:
-    """tr (Σx Σy)^½ from x yᵀ [N, M]: for fewer samples than dimensions.
-
-    It is the sum of the singular values of the centred x yᵀ / √((N-1)(M-1)): their squares are the non-zero eigenvalues
-    of Σx Σy. The matrix is as small as the sets, and no square root of a rounding error is summed.
-    """
+    """tr (Σx Σy)^½ from x yᵀ [N, M]: centred and over √((N-1)(M-1)), that is the product of the factors."""
     n, m = cross.shape
     centred = cross - cross.mean(axis=0) - cross.mean(axis=1, keepdims=True) + cross.mean()
     return float(np.linalg.svd(centred, compute_uv=False).sum() / np.sqrt((n - 1) * (m - 1)))

@@ -132,6 +132,16 @@ def test_fid_infinity_is_a_function_of_its_seed() -> None:
     assert fid_infinity_on_rows(x, y)(rows, columns) == pytest.approx(fid_infinity(x, y, seed=1), rel=1e-9)
 
 
+def test_fid_infinity_is_the_intercept_of_the_least_squares_line() -> None:
+    x, y = draw(11, 24, 4), draw(12, 36, 4, shift=1)
+    mean = [
+        np.mean([fid(a, b) for a, b in zip(np.split(x, parts), np.split(y, parts), strict=True)])
+        for parts in (1, 2, 3, 4)
+    ]
+    expected = mean[0] + 0.5 * mean[1] - 0.5 * mean[3]  # the normal equations, solved by hand
+    assert fid_infinity_on_rows(x, y)(np.arange(24), np.arange(36)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_one_sample_has_no_distance() -> None:
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         fid(np.ones((1, 4)), np.ones((5, 4)))
