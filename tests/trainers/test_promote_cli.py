@@ -99,7 +99,7 @@ def test_mistakes(tracking_uri: str, arguments: list[str], said: str) -> None:
 def test_unlocking(tracking_uri: str) -> None:
     model = RegisteredModel(tracking_uri, "tiny")
     model.client.create_registered_model("tiny")
-    model.client.create_model_version("tiny", "file:///nowhere")
+    model.client.create_model_version("tiny", "s3://nowhere/model")
     assert "was not locked" in command("models:/tiny/1", "--unlock").output
     model.client.create_registered_model("tiny.promoting", tags={"holder": "someone who is no more"})
     assert "Unlocked." in command("models:/tiny/1", "--unlock").output
