@@ -12,6 +12,10 @@ import mlflow.models
 import pandas as pd
 from mlflow import MlflowException
 from mlflow.models import ModelSignature
+<<<<<<< HEAD
+=======
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+>>>>>>> promotion
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, Schema
 
@@ -44,8 +48,10 @@ class PromptToPNG(PythonModel):
         self.model_uri = str(context.model_config["model_uri"])
         self.one_at_a_time = Lock()  # MLflow answers requests on threads, and a pipeline has one noise scheduler
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame) -> pd.DataFrame:
-        """[N] rows of SIGNATURE.inputs to [N] rows with the column `png`."""
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """[N] rows of SIGNATURE.inputs to [N] rows with the column `png`; there are no `params`."""
         return pd.DataFrame({"png": [self._png(row) for row in model_input.to_dict("records")]})
 
     def _png(self, row: Mapping[str, Any]) -> bytes:
@@ -66,7 +72,7 @@ class PromptToPNG(PythonModel):
 
 
 def _refused(message: str) -> MlflowException:
-    return MlflowException.invalid_parameter_value(message)  # HTTP 400
+    return MlflowException(message, INVALID_PARAMETER_VALUE)  # HTTP 400
 
 
 mlflow.models.set_model(PromptToPNG())

@@ -137,8 +137,7 @@ def test_alignment_must_not_be_worse(before: float, after: float, half_width: fl
 def test_alignment_by_what_was_measured() -> None:
     found = check(judge(GOOD), "alignment")
     assert (found.passed, found.measure, found.reason) == (True, None, "nothing measured it")
-    named = {"alignment": {"measure": "clip_score"}}
-    decision = judge(GOOD | {"clip_score": Measured(30, "higher", "clip")}, **named)
+    decision = judge(GOOD | {"clip_score": Measured(30, "higher", "clip")}, alignment={"measure": "clip_score"})
     assert "clip_score was not measured for both models" in decision.reason
     assert not decision.accepted
 

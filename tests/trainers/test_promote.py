@@ -148,7 +148,7 @@ def register_versions(name: str, count: int, digest: str) -> None:
     client = MlflowClient()
     client.create_registered_model(name)
     for _ in range(count):
-        client.create_model_version(name, "file:///nowhere", tags={"manifest_digest": digest})
+        client.create_model_version(name, "s3://nowhere/model", tags={"manifest_digest": digest})
 
 
 @pytest.fixture
@@ -464,12 +464,12 @@ def check_one_won(model: RegisteredModel, champion: int | None, ends: Mapping[in
 
 
 RACER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tests.trainers.test_promote import World, try_to_promote
 from cluster.errors import UserError
 
-version, rounds = int(sys.argv[1]), int(sys.argv[2])
+version, rounds, os.environ["MLFLOW_TRACKING_URI"] = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 for number in range(rounds):
     def meet(evaluated):
         if evaluated == 1:
@@ -488,14 +488,16 @@ for number in range(rounds):
 def test_of_two_processes_at_once_one_wins_on_a_real_server(
     mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = 4
+    rounds = 3
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     digest = write_manifest("shards").digest
     for number in range(rounds):
         register_versions(f"race-{number}", 3, digest)
         RegisteredModel(mlflow_server, f"race-{number}").point("champion", 1)
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(version), str(rounds)]) for version in (2, 3)]
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACER, str(version), str(rounds), mlflow_server]) for version in (2, 3)
+    ]
     try:
         assert [racer.wait(240) for racer in racers] == [0, 0]
     finally:
