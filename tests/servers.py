@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_SECONDS = 60
+START_SECONDS = 180  # a busy machine takes a minute to import what they need
 
 
 def free_port() -> int:
