@@ -89,8 +89,10 @@ def bucket(s3: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow")) as uri:
+def mlflow_server(empty_mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(empty_mlflow_database, folder / "mlflow.db")
+    with servers.mlflow_server(folder) as uri:
         yield uri
 
 

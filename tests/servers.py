@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-START_SECONDS = 180  # mlflow imports for a minute where cores are shared
+START_SECONDS = 180  # a busy machine takes a minute to import what they need
 
 
 def free_port() -> int:

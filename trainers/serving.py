@@ -12,10 +12,7 @@ import mlflow.models
 import pandas as pd
 from mlflow import MlflowException
 from mlflow.models import ModelSignature
-<<<<<<< HEAD
-=======
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
->>>>>>> promotion
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, Schema
 

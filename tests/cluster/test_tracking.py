@@ -14,7 +14,8 @@ from cluster.tracking import Tracker, connect
 from tests.servers import free_port
 
 
-@pytest.fixture(params=["sqlite", "server"])
+# One process of pytest-xdist starts the one server.
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.xdist_group("mlflow"))])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "sqlite":
         return str(request.getfixturevalue("tracking_uri"))

@@ -42,19 +42,17 @@ def write(out: Path, *, num_train: int, num_held_out: int) -> str:
 def recipe_for(document: dict[str, Any], shards: str, *, vae_steps: int = 300, steps: int) -> MSDMRecipe:
     def trained(steps: int, batch: int, learning_rate: float) -> dict[str, Any]:
         pace = {f"{what}_every_steps": steps for what in ("log", "validate", "preview", "checkpoint")}
-        return (
-            document["vae"]["training"]
-            | pace
-            | {
-                "steps": steps,
-                "global_batch_size": batch,
-                "micro_batch_size": batch,
-                "learning_rate": learning_rate,
-                "learning_rate_schedule": "cosine",
-                "warmup_steps": min(20, steps),
-                "ema_decay": 0.98,
-            }
-        )
+        return {
+            **document["vae"]["training"],
+            **pace,
+            "steps": steps,
+            "global_batch_size": batch,
+            "micro_batch_size": batch,
+            "learning_rate": learning_rate,
+            "learning_rate_schedule": "cosine",
+            "warmup_steps": min(20, steps),
+            "ema_decay": 0.98,
+        }
 
     document["data"] = {"shards": shards, "resolution": 32}
     document["vae"]["architecture"] |= {"block_out_channels": [16, 32], "mid_block_attention": False}
