@@ -80,7 +80,7 @@ class World:
                 seed=self.seeds.get(version, 0),
                 settings={},
                 images_per_prompt=1,
-                batch_size=8,
+                batch_size=2,
                 resolution=self.resolution.get(version, 16),
                 device="cpu",
                 seconds_per_image=1.0,
