@@ -112,7 +112,7 @@ def evaluate(
     """Judge a model, or a folder of images, beside real images.
 
     The evaluation lies in the folder or s3:// prefix `out`; begun there by an earlier call that was cut off, it goes
-    on. Features of real images are kept in `cache` for the next evaluation. Several workers are Ray actors.
+    on; finished, it is what is returned. Features of real images are kept in `cache` for the next evaluation. Several workers are Ray actors.
 
     Raises UserError for what the user can mend: before anything is drawn, where possible.
     """
@@ -123,6 +123,8 @@ def evaluate(
     extractors = [open_extractor(uri, device) for uri in request.extractors]
     asked = asdict(request) | {"splits": splits, "shards": manifest.digest}
     begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
+    if storage.exists(storage.join(out, EVALUATION)):
+        return Evaluation.load(out)
 
     held_out: dict[str, ReferenceFeatures] = {}
     train: ReferenceFeatures | None = None
