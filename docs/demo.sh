@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole product in small, on real colonoscopy images: shards, training, registry, pictures. Run by `make demo`.
+# The whole product in small, on real colonoscopy images: shards, training, registry, pictures, judgement. Run by `make demo`.
 set -euo pipefail
 : "${DEMO:=demo}" "${BIN:=.venv/bin}" "${PROMPT:=Generate an image with a large polyp.}"
 export MLFLOW_TRACKING_URI="${MLFLOW_TRACKING_URI:-sqlite:///$PWD/$DEMO/mlflow.db}" HF_HUB_OFFLINE=1
@@ -12,10 +12,19 @@ SECONDS=0
 "$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" \
     --guidance-scale 3.5 --num-images 8 --seed 0 --out "$DEMO/samples"
 
+# Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.
+VERSION=$("$BIN/python" -c "from cluster.registry import RegisteredModel
+print(RegisteredModel.of('models:/msdm-demo/latest')[1].number)")
+JUDGE=(--data "$DEMO/shards" --num-samples 128 --extractor random-vgg:64 --workers 2)
+"$BIN/medsynth" evaluate "models:/msdm-demo/$VERSION" "${JUDGE[@]}" \
+    --out "$DEMO/promotions/msdm-demo-$VERSION" --cache "$DEMO/promotions/features"
+"$BIN/medsynth" promote "models:/msdm-demo/$VERSION" "${JUDGE[@]}" --out "$DEMO/promotions" || [ $? = 3 ]
+
 cat <<END
 
 The demo took $((SECONDS / 60)) min $((SECONDS % 60)) s. Its figures stand in the table above.
   Eight pictures of "$PROMPT": $DEMO/samples
+  The page that judges the model:           $DEMO/promotions/msdm-demo-$VERSION/report.html
   How pictures became better in training:  $DEMO/runs/*/pictures
   Everything that was recorded:            $BIN/mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI
 END

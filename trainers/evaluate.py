@@ -111,8 +111,9 @@ def evaluate(
 ) -> Evaluation:
     """Judge a model, or a folder of images, beside real images.
 
-    The evaluation lies in the folder or s3:// prefix `out`; begun there by an earlier call that was cut off, it goes
-    on; finished, it is what is returned. Features of real images are kept in `cache` for the next evaluation. Several workers are Ray actors.
+    The evaluation lies in the folder or s3:// prefix `out`. Begun there by an earlier call that was cut off, it goes on;
+    finished, it is what is returned. Features of real images are kept in `cache` for the next evaluation. Several
+    workers are Ray actors.
 
     Raises UserError for what the user can mend: before anything is drawn, where possible.
     """
