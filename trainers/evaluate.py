@@ -40,7 +40,7 @@ from trainers.fidelity.evaluation import (
     Reference,
     SampleRecord,
 )
-from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, open_extractor
+from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, kept_extractor
 from trainers.fidelity.features import ReferenceFeatures, ReferenceWorker, reference_features
 from trainers.fidelity.measures import (
     caption_alignment_measures,
@@ -111,8 +111,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge a model, or a folder of images, beside real images.
 
-    The evaluation lies in the folder or s3:// prefix `out`. Begun there by an earlier call that was cut off, it goes on;
-    finished, it is what is returned. Features of real images are kept in `cache` for the next evaluation. Several
+    The evaluation lies in the folder or s3:// prefix `out`. Begun there by an earlier call that was cut off, it goes
+    on; finished, it is what is returned. Features of real images are kept in `cache` for the next evaluation. Several
     workers are Ray actors.
 
     Raises UserError for what the user can mend: before anything is drawn, where possible.
@@ -121,7 +121,7 @@ def evaluate(
     splits = _splits(request, manifest)
     device = device or default_device()
     subject = _inspect(model_uri, request)
-    extractors = [open_extractor(uri, device) for uri in request.extractors]
+    extractors = [kept_extractor(uri, device) for uri in request.extractors]
     asked = asdict(request) | {"splits": splits, "shards": manifest.digest}
     begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
     if storage.exists(storage.join(out, EVALUATION)):

@@ -68,7 +68,7 @@ def promote(
     from trainers.evaluate import Request, evaluate
     from trainers.fidelity.bootstrap import paired_difference
     from trainers.fidelity.evaluation import Evaluation
-    from trainers.fidelity.extractors import open_extractor
+    from trainers.fidelity.extractors import kept_extractor
     from trainers.fidelity.features import reference_features
     from trainers.generate import default_device
     from trainers.promote import Features, load_gates
@@ -98,7 +98,7 @@ def promote(
         return reference_features(
             data,
             evaluation.reference.splits,
-            open_extractor(evaluation.extractors[label].uri, chosen),
+            kept_extractor(evaluation.extractors[label].uri, chosen),
             resolution=evaluation.generation.resolution,
             cache=features,
         ).features

@@ -110,7 +110,6 @@ class PromptExtractor(Extractor):
             return self.network.prompt_features(prompts).float().cpu()
 
 
-@lru_cache(maxsize=8)
 def open_extractor(uri: str, device: str = "cpu") -> Extractor:
     """A ClassifyingExtractor, a PromptExtractor, or an Extractor that gives features alone.
 
@@ -138,6 +137,12 @@ def open_extractor(uri: str, device: str = "cpu") -> Extractor:
         label=label_of(uri), record=record, network=network.to(device), preprocessing=preprocessing, device=device
     )
     return extractor
+
+
+@lru_cache(maxsize=8)
+def kept_extractor(uri: str, device: str) -> Extractor:
+    """`open_extractor`, once in a process: an evaluation asks for the same one many times, and some take seconds."""
+    return open_extractor(uri, device)
 
 
 def label_of(uri: str) -> str:

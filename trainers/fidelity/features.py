@@ -22,7 +22,7 @@ from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, ShardEntry
 from data_shards.sample import IMAGE_MEMBERS
 from data_shards.stream import read_samples
-from trainers.fidelity.extractors import Extractor, open_extractor
+from trainers.fidelity.extractors import Extractor, kept_extractor
 from trainers.pictures import to_pixels
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class ReferenceWorker:
     resolution: int
 
     def __call__(self) -> Callable[[Share], ReferenceFeatures]:
-        extractor = open_extractor(self.extractor, self.device)
+        extractor = kept_extractor(self.extractor, self.device)
         return partial(extract_share, extractor=extractor, shards_uri=self.shards_uri, resolution=self.resolution)
 
 

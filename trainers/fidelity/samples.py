@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, open_image, to_rgb
-from trainers.fidelity.extractors import Extractor, open_extractor
+from trainers.fidelity.extractors import Extractor, kept_extractor
 from trainers.generate import about_pictures, load_model, png
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
@@ -118,7 +118,7 @@ class ShareWorker:
 
     def __call__(self) -> Callable[[Share], None]:
         pictures = self.source.open()
-        extractors = [open_extractor(uri, self.device) for uri in self.extractors]
+        extractors = [kept_extractor(uri, self.device) for uri in self.extractors]
 
         def work(share: Share) -> None:
             if storage.exists(share_uri(self.out, share)):
