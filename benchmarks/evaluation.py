@@ -70,7 +70,7 @@ def in_shares(
     model_uri: str, count: int, out: Path, *, actors: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """As `medsynth evaluate` does it."""
-    worker = ShareWorker(Drawn(model_uri, (PROMPT,) * count, 0, SETTINGS, "cpu"), (EXTRACTOR,), "cpu", str(out))
+    worker = ShareWorker(Drawn(model_uri, (PROMPT,) * count, 0, SETTINGS, "cpu", ""), (EXTRACTOR,), "cpu", str(out))
     shares = shares_of(count, 8)
     if actors == 1:
         work = worker()

@@ -4,10 +4,11 @@ Drawing and feature extraction are cut into shares that any number of Ray actors
 model, its prompt, the seed and its number alone, so one process and many find the same.
 """
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,11 +25,12 @@ from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import EVALUATION as EVALUATION_KIND
 from cluster.evaluations import FOLDER, KIND, PARENT
-from cluster.tracking import Tracker, find_run
+from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from data_shards.stream import read_images
 from trainers.code_version import git_commit
+from trainers.fidelity.alignment import caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
     EVALUATION,
@@ -40,9 +42,18 @@ from trainers.fidelity.evaluation import (
     Reference,
     SampleRecord,
 )
-from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, kept_extractor
+from trainers.fidelity.extractors import (
+    ClassifyingExtractor,
+    Extractor,
+    PromptExtractor,
+    absolute_extractor,
+    kept_extractor,
+    label_of,
+)
 from trainers.fidelity.features import ReferenceFeatures, ReferenceWorker, reference_features
+from trainers.fidelity.features import shares_of as shares_of_images
 from trainers.fidelity.measures import (
+    MIN_IMAGES,
     caption_alignment_measures,
     class_measures,
     clip_score_measures,
@@ -54,7 +65,7 @@ from trainers.fidelity.measures import (
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
 from trainers.generate import default_device, drawing_of, is_model
-from trainers.model_source import open_model
+from trainers.model_source import open_model, pinned
 from trainers.recipe import Recipe
 
 T = TypeVar("T")
@@ -63,6 +74,7 @@ MakeWorker = Callable[[], Callable[[Any], Any]]
 OnProgress = Callable[[str, int, int], None]
 """(what, done, total)"""
 TRAIN = "train"
+SCORES = "scores.safetensors"
 EXPERIMENT = "evaluations"  # of models that no run is known to have trained
 ROWS_IN_REPORT, IMAGES_IN_ROW = 8, 4
 
@@ -117,19 +129,25 @@ def evaluate(
 
     Raises UserError for what the user can mend: before anything is drawn, where possible.
     """
+    # By names that hold in any process, whatever folder it works in and whatever an alias will mean by then.
+    request = replace(
+        request,
+        shards=storage.absolute(request.shards),
+        extractors=tuple(absolute_extractor(uri) for uri in request.extractors),
+    )
+    out, cache, pinned_uri = storage.absolute(out), storage.absolute(cache), pinned(model_uri)
     manifest = Manifest.load(request.shards)
     splits = _splits(request, manifest)
-    device = device or default_device()
-    subject = _inspect(model_uri, request)
-    extractors = [kept_extractor(uri, device) for uri in request.extractors]
-    asked = asdict(request) | {"splits": splits, "shards": manifest.digest}
-    begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
-    if storage.exists(storage.join(out, EVALUATION)):
-        return Evaluation.load(out)
+    _check_request(request, manifest, splits)
+    subject = _inspect(model_uri, pinned_uri, request)
+    cost = cost_of_run(subject.record.run_id)
 
-    held_out: dict[str, ReferenceFeatures] = {}
-    train: ReferenceFeatures | None = None
-    with _workers(num_workers, device) as work:
+    with _workers(num_workers, device) as (work, device):
+        extractors = [kept_extractor(uri, device if num_workers == 1 else "cpu") for uri in request.extractors]
+        asked = asdict(request) | {"splits": splits, "shards": manifest.digest, "device": device}
+        begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
+        if storage.exists(storage.join(out, EVALUATION)):
+            return Evaluation.load(out)
 
         def look_at(splits: Sequence[str], extractor: Extractor) -> ReferenceFeatures:
             worker = ReferenceWorker(extractor.record.uri, device, request.shards, subject.resolution)
@@ -142,25 +160,30 @@ def evaluate(
                 extract_shares=lambda shares: work("Looking at real images", worker, shares, on_progress),
             )
 
-        for extractor in extractors:
-            held_out[extractor.label] = look_at(splits, extractor)
-        if TRAIN in manifest.splits and TRAIN not in splits:
-            train = look_at([TRAIN], extractors[0])
+        held_out = {extractor.label: look_at(splits, extractor) for extractor in extractors}
+        is_trained_on = TRAIN in manifest.splits and TRAIN not in splits
+        train = look_at([TRAIN], extractors[0]) if is_trained_on else None
         reference = held_out[extractors[0].label]
         samples = _samples(subject, request, reference)
+        prompts = [sample.prompt for sample in samples]
         source = subject.found or Drawn(
-            model_uri, tuple(sample.prompt for sample in samples), request.seed, request.settings, device
+            pinned_uri, tuple(prompts), request.seed, request.settings, device, default_tracking_uri()
         )
         shares = shares_of(len(samples), request.batch_size)
         deque(work("Drawing", ShareWorker(source, request.extractors, device, out), shares, on_progress), maxlen=0)
+        device_name = _name_of(device)
     seen = collect(out, shares)
 
     measures: dict[str, Measure] = {}
-    prompts = [sample.prompt for sample in samples]
+    scores: dict[str, NDArray[np.float64]] = {}
     for number, extractor in enumerate(extractors):
         on_progress("Measuring", number, len(extractors))
-        measures |= _measures(extractor, seen[extractor.label], held_out[extractor.label], prompts, request.seed)
-    measures |= diversity_measures(_pixels(out, len(samples)), prompts, seed=request.seed)
+        generated, real = seen[extractor.label], held_out[extractor.label]
+        measures |= _measures(extractor, generated, real, request.seed)
+        aligned, of_samples = _alignment(extractor, generated, real, prompts, request.seed)
+        measures |= aligned
+        scores |= of_samples
+    measures |= diversity_measures(lambda rows: _pixels(out, rows), prompts, seed=request.seed)
     first = seen[extractors[0].label]
     neighbours: tuple[Neighbour, ...] = ()
     if train is not None:
@@ -191,7 +214,7 @@ def evaluate(
             images_per_prompt=request.images_per_prompt,
             batch_size=request.batch_size,
             resolution=subject.resolution,
-            device=device,
+            device=device_name,
             seconds_per_image=float(seen["seconds"].sum()) / len(samples),
         ),
         samples=tuple(samples),
@@ -199,11 +222,12 @@ def evaluate(
         classes=class_measures(first, reference.features, prompts, reference.captions),
         neighbours=neighbours,
         extractors={extractor.label: extractor.record for extractor in extractors},
-        training=cost_of_run(subject.record.run_id),
+        training=cost,
     )
     for extractor in extractors:
         features = safetensors.numpy.save({"features": seen[extractor.label]})
         storage.write_bytes(features_uri(out, extractor.label), features)
+    storage.write_bytes(storage.join(out, SCORES), safetensors.numpy.save(scores))
     _report(evaluation, out, request.shards, reference, feature_map(extractors[0].label, reference.features, first))
     evaluation.save(out)
     return evaluation
@@ -235,27 +259,34 @@ def measure_checkpoint(recipe: Recipe, folder: Path) -> dict[str, float]:
 
 
 def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
-    """An MLflow run of its own for the evaluation at `out`, below the run that trained the model, if that is known."""
+    """An MLflow run of its own for the evaluation at `out`, below the run that trained the model, if that is known.
+
+    Recorded already on this server, it is not recorded again.
+    """
+    marker = storage.join(out, "mlflow.json")
+    if storage.exists(marker) and (known := find_run(json.loads(storage.read_bytes(marker))["run_id"])):
+        return known
     parent = find_run(evaluation.model.run_id) if evaluation.model.run_id else None
     tags = {KIND: EVALUATION_KIND, "model": evaluation.model.uri, "evaluation_folder": storage.absolute(out)}
+    # Not as the run's data set: MLflow fails where two runs log the same one at once.
+    tags |= {"manifest_digest": evaluation.reference.digest}
     tracker = Tracker.start(
         experiment=parent.experiment() if parent else EXPERIMENT,
         run_name=f"evaluate {evaluation.model.name}",
         tags=tags | ({PARENT: parent.run_id} if parent else {}),
     )
-    tracker.log_params(
-        {"model": evaluation.model.uri} | evaluation.generation.model_dump() if evaluation.generation else {}
-    )
-    tracker.log_dataset(
-        name=evaluation.reference.name,
-        digest=evaluation.reference.digest,
-        source=evaluation.reference.shards,
-        context="evaluation",
-    )
-    tracker.log_metrics({name: measure.value for name, measure in evaluation.measures.items()}, step=0)
-    for name in (EVALUATION, "report.html"):
-        tracker.log_text(storage.read_bytes(storage.join(out, name)).decode(), f"{FOLDER}/{name}")
-    tracker.finish("FINISHED")
+    try:
+        drawn = evaluation.generation.model_dump() if evaluation.generation else {}
+        tracker.log_params({"model": evaluation.model.uri, **drawn})
+        tracker.log_metrics({name: measure.value for name, measure in evaluation.measures.items()}, step=0)
+        for name in (EVALUATION, "report.html"):
+            tracker.log_text(storage.read_bytes(storage.join(out, name)).decode(), f"{FOLDER}/{name}")
+        tracker.finish("FINISHED")
+        storage.write_bytes(marker, json.dumps({"run_id": tracker.run_id}).encode())
+    except BaseException:
+        with suppress(Exception):  # what led here is what the user must see
+            tracker.finish("FAILED")
+        raise
     return tracker
 
 
@@ -265,8 +296,9 @@ def features_uri(out: str, label: str) -> str:
 
 
 @contextmanager
-def _workers(num_workers: int, device: str) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A function (what, make_worker, shares, on_progress) -> results in order, run here or by Ray actors."""
+def _workers(num_workers: int, device: str | None) -> Iterator[tuple[Callable[..., Iterator[Any]], str]]:
+    """A function (what, make_worker, shares, on_progress) -> results in order, run here or by Ray actors; and the
+    device that it runs on, which on a cluster need not be this machine's."""
 
     def here(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
         worker = make_worker()
@@ -279,15 +311,41 @@ def _workers(num_workers: int, device: str) -> Iterator[Callable[..., Iterator[A
             make_worker,
             shares,
             num_actors=num_workers,
-            gpus_per_actor=int(device.startswith("cuda")),
+            gpus_per_actor=int(on_gpus),
             on_done=partial(on_progress, what),
         )
 
     if num_workers == 1:
-        yield here
-    else:
-        with runtime.connect(min_cpus=num_workers):
-            yield by_actors
+        yield here, device or default_device()
+        return
+    with runtime.connect(min_cpus=num_workers):
+        # An actor sees the one GPU that is its own, so its number means nothing there.
+        on_gpus = device.startswith("cuda") if device else any(node.num_gpus for node in runtime.nodes())
+        yield by_actors, "cuda" if on_gpus else "cpu"
+
+
+def _name_of(device: str) -> str:
+    """What the device is called, as far as this machine knows: speeds of two GPUs do not compare."""
+    if not device.startswith("cuda"):
+        return device
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "GPU of another machine"
+
+
+def _check_request(request: Request, manifest: Manifest, splits: Sequence[str]) -> None:
+    """Raise UserError for what would fail after everything was drawn."""
+    shares_of_images(request.shards, manifest, splits)
+    held_out = sum(shard.num_samples for split in splits for shard in manifest.split(split))
+    if min(held_out, request.num_samples) < MIN_IMAGES:
+        raise UserError(
+            f"{held_out} real images in {', '.join(splits)} and {request.num_samples} samples: figures need at least "
+            f"{MIN_IMAGES} of each; name more splits with --split, or raise --num-samples"
+        )
+    labels = [label_of(uri) for uri in request.extractors]
+    if len(set(labels)) < len(labels):
+        raise UserError(
+            f"extractors {', '.join(request.extractors)} would both be called {max(labels, key=labels.count)} in the "
+            "figures: evaluate with one of them at a time"
+        )
 
 
 def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
@@ -299,11 +357,11 @@ def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
     return splits
 
 
-def _inspect(model_uri: str, request: Request) -> Subject:
+def _inspect(model_uri: str, pinned_uri: str, request: Request) -> Subject:
     """Look at what is judged. Raises UserError if it is neither a model nor a folder of images."""
-    with open_model(model_uri) as source:
+    with open_model(pinned_uri) as source:
         if not is_model(source.folder):
-            found = Found.in_folder(model_uri, request.num_samples)
+            found = Found.in_folder(pinned_uri, request.num_samples)
             record = ModelRecord(uri=model_uri, name=source.name, digest=found.digest)
             return Subject(record, found.resolution, {}, found)
         drawing = drawing_of(source.folder, name=model_uri)
@@ -335,28 +393,49 @@ def _samples(subject: Subject, request: Request, reference: ReferenceFeatures) -
 
 
 def _measures(
-    extractor: Extractor,
-    generated: NDArray[np.float32],
-    real: ReferenceFeatures,
-    prompts: Sequence[str],
-    seed: int,
+    extractor: Extractor, generated: NDArray[np.float32], real: ReferenceFeatures, seed: int
 ) -> dict[str, Measure]:
-    """All that one extractor's features tell."""
-    label = extractor.label
-    measures = measure_features(label, generated, real.features, seed=seed)
+    """What one extractor's features tell of the images, whatever they were drawn for."""
+    measures = measure_features(extractor.label, generated, real.features, seed=seed)
     if isinstance(extractor, ClassifyingExtractor):
         logits = extractor.class_logits(torch.from_numpy(generated)).numpy()
-        measures |= inception_score_measures(label, logits, seed=seed)
+        measures |= inception_score_measures(extractor.label, logits, seed=seed)
+    return measures
+
+
+def _alignment(
+    extractor: Extractor, generated: NDArray[np.float32], real: ReferenceFeatures, prompts: Sequence[str], seed: int
+) -> tuple[dict[str, Measure], dict[str, NDArray[np.float64]]]:
+    """Do images show their prompts? Figures, and each sample's score [N], NaN where it has no prompt to be held to."""
+    label = extractor.label
+    rows = [row for row, prompt in enumerate(prompts) if prompt]
+    if not rows:
+        return {}, {}
+    told, images = [prompts[row] for row in rows], generated[rows]
+    measures: dict[str, Measure] = {}
+    scores: dict[str, NDArray[np.float64]] = {}
+
+    def keep(found: dict[str, Measure], of_rows: NDArray[np.float64]) -> None:
+        for name in found:
+            scores[name] = np.full(len(prompts), np.nan)
+            scores[name][rows] = of_rows
+        measures.update(found)
+
     if isinstance(extractor, PromptExtractor):
-        distinct = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys(told))
         embedded = dict(zip(distinct, extractor.prompt_features(distinct).numpy(), strict=True))
-        of_prompts = np.stack([embedded[prompt] for prompt in prompts])
-        measures |= clip_score_measures(label, generated, of_prompts, seed=seed)
-    return measures | caption_alignment_measures(label, generated, real.features, prompts, real.captions, seed=seed)
+        of_prompts = np.stack([embedded[prompt] for prompt in told])
+        keep(clip_score_measures(label, images, of_prompts, seed=seed), clip_scores(images, of_prompts))
+    keep(
+        caption_alignment_measures(label, images, real.features, told, real.captions, seed=seed),
+        caption_alignment(images, real.features, told, real.captions),
+    )
+    return measures, scores
 
 
-def _pixels(out: str, count: int) -> NDArray[np.uint8]:
-    return np.stack([np.asarray(read_sample(out, number)) for number in range(count)])
+def _pixels(out: str, rows: Sequence[int]) -> NDArray[np.uint8]:
+    """Some of the images, uint8 [n, H, W, 3]."""
+    return np.stack([np.asarray(read_sample(out, row)) for row in rows])
 
 
 def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceFeatures, points: FeatureMap) -> None:

@@ -1,7 +1,7 @@
 """The command `medsynth evaluate`."""
 
+import re
 from datetime import datetime
-from pathlib import PurePosixPath
 from typing import Annotated
 
 import typer
@@ -31,7 +31,7 @@ def evaluate(
             help="Whose captions and images to compare with; may be given several times. Default: all but train."
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=2, help="Images to draw.")] = 256,
+    num_samples: Annotated[int, typer.Option(min=16, help="Images to draw.")] = 256,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")] = 2,
     extractor: Annotated[
         list[str] | None,
@@ -64,10 +64,7 @@ def evaluate(
     from trainers.evaluate import Request, record_evaluation
     from trainers.evaluate import evaluate as judge
 
-    place = (
-        out
-        or f"evaluations/{PurePosixPath(model.replace(':', '')).name.replace('@', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-    )
+    place = out or f"evaluations/{name_for(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     asked = {
         "guidance_scale": guidance_scale,
         "true_cfg_scale": true_cfg_scale,
@@ -89,7 +86,7 @@ def evaluate(
             model,
             request,
             place,
-            cache=cache or storage.join(place, "..", "features"),
+            cache=cache or storage.join(storage.absolute(place).rpartition("/")[0], "features"),
             num_workers=workers,
             device=device,
             on_progress=on_progress,
@@ -99,6 +96,11 @@ def evaluate(
     if record:
         tracker = record_evaluation(evaluation, place)
         console.print(f"MLflow: {tracker.ui_command()}", soft_wrap=True)
+
+
+def name_for(model: str) -> str:
+    """A folder's name that tells which model lies in it: models:/polyps@champion is polyps-champion."""
+    return re.sub(r"[^\w.]+", "-", model.removeprefix("models:/").removeprefix("runs:/").rstrip("/")).strip("-")[-60:]
 
 
 def table_of(evaluation: Evaluation) -> Table:

@@ -30,6 +30,7 @@ from cluster.tracking import Status, Tracker, default_tracking_uri, without_secr
 from data_shards import Manifest
 from trainers.code_version import git_commit
 from trainers.families import family_of
+from trainers.fidelity.extractors import label_of
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
@@ -85,8 +86,10 @@ def train_recipe(
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
     cluster, fidelity = recipe.cluster, recipe.fidelity
-    for split in fidelity.splits if fidelity else ():
-        manifest.split(split)
+    if fidelity:
+        label_of(fidelity.extractor)
+        for split in fidelity.splits:
+            manifest.split(split)
     num_processes = cluster.num_workers + (fidelity is not None)
     with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
         runtime.check_capacity(

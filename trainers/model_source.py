@@ -27,6 +27,14 @@ class ModelSource:
     """The MLflow run that trained it, as far as is known."""
 
 
+def pinned(uri: str) -> str:
+    """The same model by a name that will not come to mean another: an alias or `latest` as its version; absolute."""
+    if uri.startswith("models:/"):
+        model, version = RegisteredModel.of(uri)
+        return f"models:/{model.name}/{version.number}"
+    return uri if uri.startswith("runs:/") else storage.absolute(uri)
+
+
 @contextmanager
 def open_model(uri: str) -> Iterator[ModelSource]:
     """The model that `uri` names.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 import torch
@@ -20,8 +21,12 @@ from data_shards.sources import medvqa_records
 from data_shards.stream import read_images
 from tests.conftest import DATA
 from trainers.evaluate import Request, evaluate, features_uri, record_evaluation
+from trainers.evaluate_cli import name_for
 from trainers.fidelity.evaluation import Evaluation
+from trainers.model_source import pinned
 from trainers.msdm import MSDMPipeline
+from trainers.recipe import MSDMRecipe
+from trainers.registration import register_model
 
 NUM_IMAGES = 64
 
@@ -111,6 +116,8 @@ def test_a_model_is_judged(judge: Judge, model: str, real_shards: str, request_:
     assert len({picture.tobytes() for picture in pictures}) == 20
     features = safetensors.numpy.load_file(features_uri("evaluation", "transformers_tiny_vit"))["features"]
     assert features.shape == (20, 32)
+    scores = safetensors.numpy.load_file("evaluation/scores.safetensors")["caption_alignment_transformers_tiny_vit"]
+    assert np.nanmean(scores) == pytest.approx(found.measures["caption_alignment_transformers_tiny_vit"].value)
     page = Path("evaluation/report.html").read_text()
     assert page.count("data:image/") > 20
 
@@ -150,7 +157,8 @@ def test_copies_of_training_images_are_found(judge: Judge, real_shards: str, tmp
     assert all(near.is_suspicious and near.key == keys[near.sample] for near in copied.neighbours)
     assert honest.measures["fid_transformers_tiny_vit"].value == pytest.approx(0, abs=1e-3)
     assert honest.measures["fid_transformers_tiny_vit"].value < copied.measures["fid_transformers_tiny_vit"].value
-    assert "caption_alignment_transformers_tiny_vit" not in honest.measures  # nobody said what they were drawn for
+    # Nobody said what they were drawn for, so nothing is measured that compares them with a prompt.
+    assert not honest.measures.keys() & {"caption_alignment_transformers_tiny_vit", "ms_ssim"}
 
 
 def test_another_request_does_not_mix_with_an_earlier_one(judge: Judge, model: str) -> None:
@@ -168,6 +176,14 @@ def test_mistakes_are_told_before_anything_is_drawn(judge: Judge, model: str, pr
         judge(model, extractors=("inceptoin:x",))
     with pytest.raises(UserError, match="holds latents, not images"):
         judge(model, shards=precomputed)
+    with pytest.raises(UserError, match="figures need at least 16 of each"):
+        judge(model, num_samples=15)
+    with pytest.raises(UserError, match="would both be called dinov2 in the figures"):
+        judge(model, extractors=("dinov2:base", "dinov2:large"))
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "few" / "1.png")
+    with pytest.raises(UserError, match="few holds 1 images; judge them with --num-samples 1"):
+        judge(str(tmp_path / "few"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds neither a model nor images"):
         judge(str(tmp_path / "empty"))
@@ -185,6 +201,7 @@ def test_an_evaluation_is_a_run_below_the_one_that_trained_the_model(
     assert tracker.last_metrics() == {name: measure.value for name, measure in known.measures.items()}
     assert tracker.params()["settings.num_inference_steps"] == "2"
     assert Evaluation.parse(evaluation_document(training.run_id), "MLflow") == found
+    assert record_evaluation(known, "evaluation").run_id == tracker.run_id, "recorded once"
     assert tracker.read_text("evaluation/report.html").startswith("<!doctype html>")
 
 
@@ -196,3 +213,22 @@ def test_two_actors_find_what_one_process_finds(judge: Judge, model: str) -> Non
     assert files("together/samples") == files("alone/samples")
     for name, measure in alone.measures.items():
         assert together.measures[name].value == pytest.approx(measure.value, rel=1e-9, abs=1e-9)
+
+
+def test_names_mean_the_same_in_every_process(
+    judge: Judge, pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tmp_path: Path
+) -> None:
+    """An alias is looked up once: it may move while the evaluation goes on."""
+    pipeline.save_pretrained(tmp_path / "exported")
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    register_model(recipe, Manifest.load(recipe.data.shards), str(tmp_path / "exported"), tracker, name="tiny")
+    tracker.client.set_registered_model_alias("tiny", "champion", "1")
+    assert pinned("models:/tiny@champion") == pinned("models:/tiny/latest") == "models:/tiny/1"
+    assert pinned("some/folder") == str(tmp_path / "some/folder")
+    found = judge("models:/tiny@champion")
+    assert (found.model.uri, found.model.name, found.model.run_id) == (
+        "models:/tiny@champion",
+        "tiny 1",
+        tracker.run_id,
+    )
+    assert name_for("models:/tiny@champion") == "tiny-champion"

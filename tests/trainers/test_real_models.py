@@ -56,7 +56,7 @@ def recipe_for(document: dict[str, Any], shards: str, *, steps: int, learning_ra
 
     document["data"] = {"shards": shards, "resolution": 32}
     document["vae"]["architecture"] |= {"block_out_channels": [16, 32], "mid_block_attention": False}
-    document["vae"]["training"] = trained(300, 8, 2e-3)
+    document["vae"]["training"] = trained(250, 8, 2e-3)
     document["denoiser"]["architecture"] |= {"block_out_channels": [32, 64]}
     document["denoiser"]["training"] = trained(steps, 4, learning_rate)
     document["denoiser"]["caption_dropout"] = 0.0
@@ -87,7 +87,7 @@ def test_the_better_model_becomes_champion_and_one_that_copies_does_not(
     shards = write(tmp_path / "shards", num_train=NUM_IMAGES, num_held_out=NUM_IMAGES)
     few = write(tmp_path / "few", num_train=NUM_LEARNT_BY_HEART, num_held_out=1)
     vae = train(recipe_for(recipe_document, shards, steps=1), "vae", RunFolder(str(tmp_path / "vae")))
-    plans = [(shards, 10, 2e-3), (shards, 300, 2e-3), (few, 600, 4e-3)]
+    plans = [(shards, 10, 2e-3), (shards, 200, 2e-3), (few, 600, 4e-3)]
     for version, (data, steps, learning_rate) in enumerate(plans, start=1):
         run = RunFolder(str(tmp_path / f"run-{version}"))
         recipe = recipe_for(recipe_document, data, steps=steps, learning_rate=learning_rate)

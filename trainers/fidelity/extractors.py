@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cluster import storage
 from cluster.errors import UserError, nearest
 from trainers.fidelity.biomedclip import load_biomedclip
 from trainers.fidelity.encoders import ImageEncoder, ImageTextEncoder
@@ -143,6 +145,13 @@ def open_extractor(uri: str, device: str = "cpu") -> Extractor:
 def kept_extractor(uri: str, device: str) -> Extractor:
     """`open_extractor`, once in a process: an evaluation asks for the same one many times, and some take seconds."""
     return open_extractor(uri, device)
+
+
+def absolute_extractor(uri: str) -> str:
+    """The same extractor for a process that works in another folder. Raises UserError if there is no such kind."""
+    name, colon, weights = uri.partition(":")
+    _kind(name)
+    return f"{name}{colon}{storage.absolute(weights)}" if Path(weights).exists() and weights else uri
 
 
 def label_of(uri: str) -> str:

@@ -6,6 +6,7 @@ A share that is done lies at EVALUATION/shares/, so an evaluation that was cut o
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ class Drawn:
     seed: int
     settings: Mapping[str, Any]
     device: str
+    tracking_uri: str
+    """Where registered models are found, for workers that have another environment."""
 
     def open(self) -> Pictures:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", self.tracking_uri)
         model = load_model(self.model_uri, self.device)
         arguments = model.drawing.arguments(self.settings)
 
@@ -72,12 +76,17 @@ class Found:
 
     @classmethod
     def in_folder(cls, folder: str, limit: int) -> "Found":
-        """The first `limit` images of a folder by name. Raises UserError if there are none."""
+        """The first `limit` images of a folder by name, at the shorter side of the smallest.
+
+        Raises UserError if there are fewer: figures of fewer images would not be those that were asked for.
+        """
         names = sorted(name for name in storage.list_files(folder) if name.lower().endswith(IMAGE_ENDINGS))
         if not names:
             raise UserError(f"{folder} holds neither a model nor images")
-        first = _read(storage.join(folder, names[0]))
-        return cls(folder, tuple(names[:limit]), min(first.size))
+        if len(names) < limit:
+            raise UserError(f"{folder} holds {len(names)} images; judge them with --num-samples {len(names)}")
+        chosen = tuple(names[:limit])
+        return cls(folder, chosen, min(min(_read(storage.join(folder, name)).size) for name in chosen))
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster import storage
 from cluster.errors import UserError, nearest
-from trainers.recipe.blocks import PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
+from trainers.recipe.blocks import EXTRACTOR, PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
 from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
 from trainers.recipe.msdm import (
     DenoiserStage,
@@ -88,6 +88,11 @@ def at_absolute_paths(block: B) -> B:
             changed[name] = at_absolute_paths(value)
         elif PLACE in field.metadata or (WEIGHTS in field.metadata and Path(value).is_dir()):
             changed[name] = storage.absolute(value)
+        elif EXTRACTOR in field.metadata:
+            kind, colon, weights = value.partition(":")
+            changed[name] = (
+                f"{kind}{colon}{storage.absolute(weights) if Path(weights).exists() and weights else weights}"
+            )
     return block.model_copy(update=changed)
 
 

@@ -4,11 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Marks of keys that hold paths: a place is a folder or s3:// prefix; weights may also be a hub id or a package's.
+# Marks of keys that hold paths: a place is a folder or s3:// prefix; weights may also be a hub id or a
+# package's; an extractor is KIND:WEIGHTS.
 PLACE = "place"
 WEIGHTS = "weights"
+EXTRACTOR = "extractor"
 Place = Annotated[str, PLACE]
 Weights = Annotated[str, WEIGHTS]
+Extractor = Annotated[str, EXTRACTOR]
 
 
 class Block(BaseModel):
@@ -87,9 +90,9 @@ class Fidelity(Block):
     every_steps: int = Field(gt=0)
     """Steps between the checkpoints measured, a multiple of the stage's checkpoint_every_steps; the last step's is
     measured too. Checkpoints wait for their turn and are kept until then: leave time for one before the next."""
-    num_samples: int = Field(default=256, ge=2)
+    num_samples: int = Field(default=256, ge=16)
     """Images drawn, each from the caption of a real one."""
-    extractor: Weights = "random-vgg:64"
+    extractor: Extractor = "random-vgg:64"
     """What turns images into features, by URI."""
     splits: tuple[str, ...] = Field(default=("validation",), min_length=1)
     """Splits whose images are the reference."""
