@@ -1,7 +1,7 @@
 """The study's table: several evaluations side by side, by quality and by cost.
 
-Figures are set against each other only where they can be: taken with the same real images, extractor and numbers of
-images, or on the same device. What cannot be is shown, marked, with the reason below the table.
+Figures are set against each other only where they can be: taken with the same real images, extractor, resolution and
+numbers of images, or on the same device. What cannot be is shown, marked, with the reason below the table.
 """
 
 import io
@@ -152,12 +152,17 @@ def _measure_row(name: str, measure: Measure, evaluations: Sequence[Evaluation],
 
 
 def _conditions(evaluation: Evaluation, measure: Measure) -> tuple[tuple[str, Any], ...]:
-    """The real images count also where none enter the figure: the prompts are their captions."""
-    reference = evaluation.reference
+    """The real images count also where none enter the figure: the prompts are their captions.
+
+    They are brought to the resolution of the generated ones before features are taken, so that of another resolution
+    is another reference.
+    """
+    reference, drawn = evaluation.reference, evaluation.generation
     extractor = evaluation.extractors.get(measure.extractor or "")
     return (
         ("real images", (reference.digest, reference.splits)),
         ("feature extractor", extractor.digest if extractor else None),
+        ("resolution", drawn.resolution if drawn else None),
         ("number of images", (measure.num_generated, measure.num_real)),
     )
 
@@ -201,12 +206,18 @@ def _seconds_per_image(evaluation: Evaluation) -> _Entry | None:
     drawn = evaluation.generation
     if drawn is None:
         return None
-    return _Entry(drawn.seconds_per_image, None, (("device", drawn.device), ("resolution", drawn.resolution)))
+    conditions = (("device", drawn.device), ("resolution", drawn.resolution), ("batch size", drawn.batch_size))
+    return _Entry(drawn.seconds_per_image, None, conditions)
 
 
 def _setting_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     drawn: list[Mapping[str, Any]] = [
-        {**run.generation.settings, "resolution": run.generation.resolution, "device": run.generation.device}
+        {
+            **run.generation.settings,
+            "resolution": run.generation.resolution,
+            "batch_size": run.generation.batch_size,
+            "device": run.generation.device,
+        }
         if run.generation
         else {}
         for run in evaluations

@@ -142,7 +142,12 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=run_name,
-        tags={"git_commit": git_commit(), "manifest_digest": manifest.digest, "run_folder": run.uri},
+        tags={
+            "git_commit": git_commit(),
+            "manifest_digest": manifest.digest,
+            "run_folder": run.uri,
+            "device": _device(recipe.cluster.use_gpu),
+        },
         artifact_location=recipe.tracking.artifact_location,
     )
     tracker.log_params(recipe.model_dump(mode="json"))
@@ -155,6 +160,13 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
     )
     run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": without_secrets(tracker.tracking_uri)})
     return tracker
+
+
+def _device(use_gpu: bool) -> str:
+    """What a rank trains on: "H100", by Ray's names for GPUs; "A100 or H100" where the cluster has both."""
+    if not use_gpu:
+        return "CPU process"
+    return " or ".join(sorted({node.accelerator_type or "GPU" for node in runtime.nodes() if node.num_gpus}))
 
 
 def _train_stage(

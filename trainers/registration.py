@@ -125,6 +125,12 @@ digest `{manifest.digest}`
 ## Figures
 {_table(figures)}
 
+How good its pictures are is measured by evaluations: MLflow runs below the run that trained it, each with its report.
+`medsynth evaluate` makes them, and this sets them beside another version's:
+```
+medsynth compare models:/{name}/VERSION models:/{name}/OTHER_VERSION
+```
+
 ## Limits
 - It knows the captions' words and the images of one data set; of others it invents.
 - A model may repeat images it was trained on. `medsynth promote` measures how often, and writes the figures and

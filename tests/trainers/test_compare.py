@@ -91,6 +91,7 @@ def test_markdown_to_the_letter() -> None:
 | guidance\_scale | 4.0 | 3.5 |
 | num\_inference\_steps | 50 | – |
 | resolution | 256 | 256 |
+| batch\_size | 8 | 8 |
 | device | NVIDIA H100 | NVIDIA H100 |
 | true\_cfg\_scale | – | 2.0 |
 
@@ -128,6 +129,7 @@ def test_latex_to_the_letter() -> None:
     guidance\_scale & 4.0 & 3.5 & 3.5 \\
     num\_inference\_steps & 50 & -- & -- \\
     resolution & 256 & 256 & 256 \\
+    batch\_size & 8 & 8 & 8 \\
     device & NVIDIA H100 & NVIDIA H100 & NVIDIA H100 \\
     true\_cfg\_scale & -- & 2.0 & 2.0 \\
     \bottomrule
@@ -160,6 +162,8 @@ def test_hostile_names_are_escaped() -> None:
         ),
         ({"measures": {"fid": measure(20, (19, 21), num_generated=900)}}, "number of images"),
         ({"measures": {"fid": measure(20, (19, 21), num_real=9)}}, "number of images"),
+        ({"generation": {"resolution": 1024}}, "resolution"),
+        ({"generation": None}, "resolution"),
     ],
 )
 def test_what_cannot_be_compared_is_marked_and_never_best(changes: dict[str, Any], reason: str) -> None:
@@ -167,6 +171,8 @@ def test_what_cannot_be_compared_is_marked_and_never_best(changes: dict[str, Any
     others = usual | {"measures": {"fid": measure(20.0, (19.0, 21.0))}}
     if "reference" in changes:
         changes = {"reference": changed(made_evaluation().reference, **changes["reference"])}
+    if changes.get("generation"):
+        changes = {"generation": changed(made_evaluation().generation, **changes["generation"])}
     # Two of three agree: the first run is the odd one.
     odd = evaluation("odd", **(others | changes))
     table = compare([odd, evaluation("a", **usual), evaluation("b", **usual)], price_per_gpu_hour=None)
@@ -188,6 +194,19 @@ def test_hours_and_money_of_other_devices_are_not_compared_but_energy_is() -> No
     assert marks(table, "GPU-hours") == marks(table, "Cost at 1 a GPU-hour") == [None, "not comparable"]
     assert marks(table, "Energy, kWh") == [None, "best"]
     assert table.notes == ("Not comparable with a: other device.",)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"resolution": 1024}, "resolution"), ({"batch_size": 1}, "batch size"), ({"device": "cpu"}, "device")],
+)
+def test_seconds_are_compared_only_where_images_were_drawn_alike(change: dict[str, Any], reason: str) -> None:
+    slower = changed(made_evaluation().generation, seconds_per_image=0.9)
+    odd = changed(made_evaluation().generation, seconds_per_image=0.1, **change)
+    runs = [evaluation("a"), evaluation("b", generation=slower), evaluation("c", generation=odd)]
+    table = compare(runs, price_per_gpu_hour=None)
+    assert marks(table, "Seconds an image") == ["best", None, "not comparable"]
+    assert f"Not comparable with a: other {reason}." in table.notes
 
 
 def test_ties_and_overlaps() -> None:

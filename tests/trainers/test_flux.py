@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
@@ -17,7 +18,7 @@ from data_shards.sources.table import records_of
 from tests.conftest import DATA
 from tests.trainers.test_loop import CPU, Reports
 from trainers.families import flux
-from trainers.flux.export import write_safetensors
+from trainers.flux.export import export_adapters, write_safetensors
 from trainers.generate import load_model
 from trainers.pictures import to_pixels
 from trainers.recipe import FluxRecipe
@@ -195,6 +196,22 @@ def test_adapters_draw_as_they_were_trained(flux_document: dict[str, Any], tmp_p
     before = previews(load_model(recipe.pretrained, device="cpu").pipeline, recipe)
     assert int((drawn - trained).abs().max()) <= 3  # of 255: embeddings are kept in bf16 for training
     assert int((before - trained).abs().max()) > 20
+
+
+def test_adapters_are_the_same_file_at_every_export(flux_document: dict[str, Any], tmp_path: Path) -> None:
+    modules = [f"to_{i}" for i in range(12)]  # of a set, the order of so many is sorted by no accident
+    recipe = changed(flux_document, engine="ddp", lora={"rank": 2, "target_modules": modules[::-1]}, training={})
+    name = "transformer_blocks.0.attn.to_q.lora_A.default.weight"
+    safetensors.torch.save_file({name: torch.ones(2, 8)}, tmp_path / "ema.safetensors")
+    files = set()
+    for attempt in range(12):  # safetensors orders several entries of metadata by chance
+        export_adapters(recipe, tmp_path, tmp_path / str(attempt))
+        files.add((tmp_path / str(attempt) / "pytorch_lora_weights.safetensors").read_bytes())
+    assert len(files) == 1
+    read, about = FluxPipeline.lora_state_dict(tmp_path / "0", return_lora_metadata=True)
+    assert list(read) == ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
+    assert about["transformer.target_modules"] == sorted(modules)
+    assert (about["transformer.r"], about["transformer.lora_alpha"]) == (2, 16.0)
 
 
 def test_replicas_are_not_trained_in_bf16_without_masters(flux_document: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
 def check_record(trained: TrainedRun, recipe: MSDMRecipe) -> None:
     """Everything a reader of MLflow expects to find in the run."""
     tracker = trained.tracker
+    assert tracker.client.get_run(tracker.run_id).data.tags["device"] == "CPU process"
     for stage in ("vae", "denoiser"):
         for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
             assert [step for step, _ in tracker.metric_history(f"{stage}/{name}")] == [2, 4, 6]

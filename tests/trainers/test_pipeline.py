@@ -1,14 +1,16 @@
 """The pipeline: guidance, seeds, and the diffusers layout."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from trainers.msdm import MSDMPipeline
-from trainers.msdm.export import PIPELINE_FILE
+from trainers.msdm.export import PIPELINE_FILE, export_pipeline
 from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import decode_latents, set_channel_statistics, standardize
 from trainers.recipe import MSDMRecipe
@@ -110,3 +112,25 @@ def test_latents_are_standardised_and_decoding_undoes_it(pipeline: MSDMPipeline)
             atol=1e-3,
             rtol=1e-3,
         )
+
+
+def test_an_exported_model_does_not_depend_on_where_it_was_made(
+    pipeline: MSDMPipeline, recipe: MSDMRecipe, text_encoder_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    safetensors.torch.save_file(pipeline.unet.state_dict(), checkpoint / "ema.safetensors")
+    (checkpoint / "state.json").write_text('{"step": 6}')
+    exports = []
+    for place in (tmp_path / "here", tmp_path / "over" / "there"):
+        pipeline.vae.save_pretrained(place / "vae")
+        shutil.copytree(text_encoder_folder, place / "text_encoder")
+        elsewhere = recipe.text_encoder.model_copy(update={"pretrained": str(place / "text_encoder")})
+        moved = recipe.model_copy(update={"text_encoder": elsewhere})
+        export_pipeline(moved, place / "vae", checkpoint, place / "model")
+        files = {path.relative_to(place / "model"): path for path in (place / "model").rglob("*") if path.is_file()}
+        del files[Path("recipe.yaml")]  # which does name the text encoder's place
+        exports.append({str(name): path.read_bytes() for name, path in files.items()})
+    assert len(exports[0]) > 8
+    assert exports[0].keys() == exports[1].keys()
+    assert [name for name in exports[0] if exports[0][name] != exports[1][name]] == []

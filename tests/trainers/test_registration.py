@@ -82,6 +82,8 @@ def test_a_version_has_all_that_its_readers_need(registered: str, recipe: MSDMRe
         recipe.text_encoder.pretrained,
         "see LICENSE.md beside this file",
         "Not for diagnosis",
+        "evaluations: MLflow runs below the run that trained it",
+        "medsynth compare models:/tiny/VERSION models:/tiny/OTHER_VERSION",
         *manifest.licences,
     ):
         assert told in card, told

@@ -1,10 +1,14 @@
 """What a run took to train, from what MLflow recorded of it."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from cluster.tracking import find_run
+from cluster.errors import UserError
+from cluster.tracking import default_tracking_uri, explained, find_run
 from trainers.fidelity.evaluation import TrainingCost
+
+logger = logging.getLogger(__name__)
 
 POWER = re.compile(r"system/.*gpu_\d+_power_usage_watts")
 History = Sequence[tuple[int, float]]
@@ -16,7 +20,7 @@ def training_cost(
     history: Callable[[str], History],
     *,
     num_workers: int,
-    on_gpus: bool,
+    device: str,
     power_keys: Sequence[str],
 ) -> TrainingCost:
     """Device-hours of the training steps themselves: without validation, previews, checkpoints and pauses.
@@ -24,7 +28,8 @@ def training_cost(
     Args:
         stages: global batch size of each stage.
         history: of a metric's name; `STAGE/images_per_second` is the mean since its last value.
-        power_keys: metrics in watts, one for each device that was watched; energy is their means' sum times the hours.
+        device: what each rank trained on.
+        power_keys: metrics in watts, one for each GPU that was watched; energy is their means' sum times the hours.
     """
     seconds = 0.0
     for stage, global_batch_size in stages.items():
@@ -38,22 +43,40 @@ def training_cost(
     energy = sum(sum(values) / len(values) for values in watts if values) * seconds / 3.6e6
     return TrainingCost(
         gpu_hours=seconds / 3600 * num_workers,
-        device="GPU" if on_gpus else "CPU process",
+        device=device,
         energy_kwh=energy or None,
     )
 
 
 def cost_of_run(run_id: str | None) -> TrainingCost:
-    """The cost of a training run; empty if it is not known here."""
-    run = find_run(run_id) if run_id else None
+    """The cost of a training run; empty if it is not known here, or, with a warning, if MLflow does not tell.
+
+    Of a run that was resumed on another number of ranks or on other devices, it is what it would be with those it
+    began with: MLflow has no others. Energy is that of every GPU of the nodes it ran on, for NVML sees them all: on a
+    node that it shared, also of GPUs that others used.
+    """
+    if not run_id:
+        return TrainingCost()
+    try:
+        with explained(default_tracking_uri(), f"run {run_id}"):
+            return _recorded_cost(run_id)
+    except UserError as error:
+        logger.warning("the cost of training is left out: %s", error)
+        return TrainingCost()
+
+
+def _recorded_cost(run_id: str) -> TrainingCost:
+    run = find_run(run_id)
     if run is None:
         return TrainingCost()
     params = run.params()
     batch = ".training.global_batch_size"
+    # Runs of before the tag say no more than this.
+    unnamed = "GPU" if params.get("cluster.use_gpu") == "True" else "CPU process"
     return training_cost(
         {key.removesuffix(batch): int(value) for key, value in params.items() if key.endswith(batch)},
         run.metric_history,
         num_workers=int(params.get("cluster.num_workers", 1)),
-        on_gpus=params.get("cluster.use_gpu") == "True",
+        device=run.client.get_run(run_id).data.tags.get("device", unnamed),
         power_keys=[name for name in run.last_metrics() if POWER.fullmatch(name)],
     )

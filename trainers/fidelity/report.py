@@ -1,10 +1,11 @@
 """An evaluation as a page for people: one HTML file that needs nothing beside it.
 
-The page asks for nothing from anywhere: images are inlined, there is no script, and its content security policy
-forbids all else. Captions and names are other people's text: the template escapes whatever it is given.
+The page asks for nothing from anywhere: images are inlined, made small, there is no script, and its content security
+policy forbids all else. Captions and names are other people's text: the template escapes whatever it is given.
 """
 
 import base64
+import io
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from datetime import UTC, datetime
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.decomposition import PCA
 
 from cluster import storage
+from data_shards.decode import open_image, to_rgb
 from trainers.fidelity.evaluation import STANDARD_EXTRACTORS, Evaluation, Measure, Neighbour
 from trainers.fidelity.figures import GROUPS, METRICS, MISSING, by_group, decimals, label_of, metric_of, write
 
@@ -23,6 +26,7 @@ MOST_POINTS = 1500  # of each kind in the map: more would hide each other, and w
 MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000.0, 620.0, 18.0
 MOST_NEIGHBOURS = 64  # that an evaluation keeps
 ASKED_SETTINGS = ("guidance_scale", "true_cfg_scale", "num_inference_steps")  # those that the command takes
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 256, 85  # 64 pairs of 1024² would weigh over 100 MB
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -252,10 +256,24 @@ def _some(features: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _data_uri(image: bytes) -> str:
-    for magic, kind in IMAGE_TYPES.items():
-        if image.startswith(magic):
-            return f"data:{kind};base64,{base64.b64encode(image).decode()}"
-    raise ValueError(f"an image of the report is neither PNG nor JPEG: it begins with {image[:8]!r}")
+    """Raises ValueError if an encoded image is neither PNG nor JPEG."""
+    if not image.startswith(tuple(IMAGE_TYPES)):
+        raise ValueError(f"an image of the report is neither PNG nor JPEG: it begins with {image[:8]!r}")
+    small = _thumbnail(image)
+    kind = next(kind for magic, kind in IMAGE_TYPES.items() if small.startswith(magic))
+    return f"data:{kind};base64,{base64.b64encode(small).decode()}"
+
+
+def _thumbnail(image: bytes) -> bytes:
+    """The encoded image itself where it is small, else a JPEG of at most THUMBNAIL_SIDE pixels a side."""
+    with Image.open(io.BytesIO(image)) as picture:
+        if max(picture.size) <= THUMBNAIL_SIDE:
+            return image
+    small = to_rgb(open_image(image))
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=THUMBNAIL_QUALITY)
+    return jpeg.getvalue()
 
 
 def _when(created: str) -> str:

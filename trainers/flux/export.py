@@ -10,6 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import FluxPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from torch import Tensor
 
@@ -48,8 +49,14 @@ def export_adapters(recipe: FluxRecipe, checkpoint: Path, out: Path) -> None:
     }
     assert recipe.transformer.lora is not None
     # Without its settings, an adapter would be read as if alpha were its rank.
-    settings = lora_config(recipe.transformer.lora).to_dict()
-    FluxPipeline.save_lora_weights(out, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
+    settings = {f"transformer.{key}": value for key, value in lora_config(recipe.transformer.lora).to_dict().items()}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True, default=sorted)}
+
+    def save(tensors: dict[str, Tensor], path: str) -> None:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+    # As diffusers would write it, but for the order of sets, and of several entries of metadata: both are of chance.
+    FluxPipeline.save_lora_weights(out, transformer_lora_layers=layers, save_function=save)
     (out / "recipe.yaml").write_text(dump_recipe(recipe))
 
 

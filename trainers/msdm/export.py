@@ -35,6 +35,8 @@ def export_vae(recipe: MSDMRecipe, checkpoint_folder: Path, batches: Iterable[Ba
 def export_pipeline(recipe: MSDMRecipe, vae_folder: Path, checkpoint_folder: Path, out: Path) -> None:
     """Save the whole model of a denoiser checkpoint, and the recipe that made it, in `out`."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
+    # diffusers would write down where it lay, and no two exports of one model would have the same digest.
+    vae.register_to_config(_name_or_path="")
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
     unet = build_unet(
         recipe.denoiser.architecture,

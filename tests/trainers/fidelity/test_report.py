@@ -1,5 +1,6 @@
 """The report: what it says, that it needs nothing beside it, and how a real browser shows it."""
 
+import base64
 import html
 import io
 import json
@@ -183,6 +184,56 @@ def test_an_evaluation_of_a_folder_without_anything_optional(tmp_path: Path) -> 
     assert "None" not in text.replace("None of the", "")
     for left_out in ("By caption", "Feature map", "Training device", "In figures"):
         assert left_out not in text
+
+
+def inlined(markup: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/\w+;base64,([^"]*)"', markup)]
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_large_images_are_made_small_and_small_ones_left_as_they_are(tmp_path: Path) -> None:
+    frame = Image.open(io.BytesIO(real_image(0))).convert("RGB")
+    small = [encoded(frame.resize((256, 200)), "PNG"), encoded(frame.resize((64, 256)), "JPEG")]
+    large = [
+        encoded(frame.resize((1024, 512)), "PNG"),
+        encoded(frame.resize((257, 100)), "JPEG"),
+        encoded(frame.resize((512, 512)).convert("P"), "PNG"),
+        encoded(frame.resize((512, 512)).convert("RGBA"), "PNG"),
+    ]
+    shown = inlined(page(tmp_path, made_evaluation(), prompts=[PromptRow("x", small, large)]))
+    assert shown[:2] == small
+    thumbnails = [Image.open(io.BytesIO(image)) for image in shown[2:]]
+    assert [(image.format, image.size) for image in thumbnails] == [
+        ("JPEG", (256, 128)),
+        ("JPEG", (256, 100)),
+        ("JPEG", (256, 256)),
+        ("JPEG", (256, 256)),
+    ]
+    expected = np.asarray(frame.resize((256, 128), Image.Resampling.LANCZOS), dtype=float)
+    assert np.abs(np.asarray(thumbnails[0], dtype=float) - expected).mean() < 4  # of 255
+
+
+def test_a_photograph_stays_upright(tmp_path: Path) -> None:
+    frame = Image.open(io.BytesIO(real_image(0))).convert("RGB").resize((600, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held a quarter turn: to be shown 300 wide and 600 high
+    turned = encoded(frame, "JPEG", exif=exif)
+    (shown,) = inlined(page(tmp_path, made_evaluation(), prompts=[PromptRow("x", [turned], [])]))
+    assert Image.open(io.BytesIO(shown)).size == (128, 256)
+
+
+def test_a_page_of_many_large_pairs_can_still_be_sent(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)  # no image compresses worse
+    png = encoded(Image.fromarray(noise), "PNG", compress_level=1)
+    found = tuple(neighbour(i, is_suspicious=False) for i in range(4))
+    markup = page(tmp_path, made_evaluation(), pairs=[CopyPair(png, png, near) for near in found])
+    assert len(inlined(markup)) == 8
+    assert len(markup) * 16 < 10_000_000  # were there 64 pairs
 
 
 def test_an_image_of_another_kind_is_refused(tmp_path: Path) -> None:
