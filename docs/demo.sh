@@ -15,7 +15,7 @@ SECONDS=0
 # Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.
 VERSION=$("$BIN/python" -c "from cluster.registry import RegisteredModel
 print(RegisteredModel.of('models:/msdm-demo/latest')[1].number)")
-JUDGE=(--data "$DEMO/shards" --num-samples 128 --extractor random-vgg:64 --workers 2)
+JUDGE=(--data "$DEMO/shards" --num-samples 96 --num-inference-steps 20 --extractor random-vgg:64 --workers 2)
 "$BIN/medsynth" evaluate "models:/msdm-demo/$VERSION" "${JUDGE[@]}" \
     --out "$DEMO/promotions/msdm-demo-$VERSION" --cache "$DEMO/promotions/features"
 "$BIN/medsynth" promote "models:/msdm-demo/$VERSION" "${JUDGE[@]}" --out "$DEMO/promotions" || [ $? = 3 ]
