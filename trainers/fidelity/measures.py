@@ -241,7 +241,7 @@ def memorization_measures(
     """Copy rate and the train-versus-held-out test; and the nearest pairs, nearest first, at most MAX_NEIGHBOURS.
 
     `train` [T, D] are the training images, row i of key train_keys[i]; `held_out` [H, D] are real images that were not
-    trained on. Raises UserError if there are no training or no held-out images.
+    trained on. Raises UserError if there are no training or no held-out images, or if these are all training images.
     """
     if len(train) == 0 or len(held_out) == 0:
         raise UserError(
@@ -255,6 +255,8 @@ def memorization_measures(
     few = f"; fewer than {1 / COPY_QUANTILE - 1:.0f} held-out images, so coarse" * (
         threshold.honest_rate > COPY_QUANTILE
     )
+    are_training_images = "image is a training image" if threshold.num_leaked == 1 else "images are training images"
+    leaked = f"; {threshold.num_leaked} held-out {are_training_images} and left out" * (threshold.num_leaked > 0)
 
     low, high = _exact_interval(bias.is_nearer_to_training)
     n, num_train, num_held_out = len(generated), len(train), len(held_out)
@@ -268,7 +270,7 @@ def memorization_measures(
             num_real=num_train,
             about=f"share of images within {threshold.distance:.3g} of a training image, where "
             f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out "
-            f"ones{few}); exact interval",
+            f"ones{few}{leaked}); exact interval",
         ),
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),
