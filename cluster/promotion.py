@@ -55,7 +55,10 @@ class MemorizationGate(Block):
     measure: str | None = None
     """None: the rate of copies by each extractor must hold."""
     limit: float = Field(default=0.05, ge=0)
-    """Copies among the generated images, as a share; real held-out images have a small one too, by chance."""
+    """Copies among the generated images, as a share: not even the lower end of its 95 % interval may lie above.
+
+    Images that copy nothing have a small share too, by chance: 1 / (H + 1) where H < 99 images were held out.
+    """
 
 
 class ApprovalGate(Block):
@@ -256,18 +259,23 @@ def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
     if not names:
         reason = f"{gate.measure or COPY_METRIC} was not measured, so copies cannot be ruled out"
         return [Check(gate="memorization", passed=False, measure=gate.measure, setting=setting, reason=reason)]
-    return [
-        Check(
-            gate="memorization",
-            passed=(passed := candidate[name].value <= gate.limit),
-            measure=name,
-            numbers={"candidate": candidate[name].value},
-            setting=setting,
-            reason=f"{name} {candidate[name].value:.2%} is {'within' if passed else 'over'} the limit of "
-            f"{gate.limit:.2%}{'' if passed else ': it copies its training images'}",
-        )
-        for name in names
-    ]
+    return [_within_copies(name, candidate[name], gate.limit, setting) for name in names]
+
+
+def _within_copies(name: str, figure: Figure, limit: float, setting: dict[str, float | str | bool | None]) -> Check:
+    """Held against the interval's lower end: the rate of a model that copies nothing scatters, and may exceed 5 %."""
+    low = figure.interval[0] if figure.interval else figure.value
+    passed = math.isfinite(figure.value) and low <= limit
+    sure = f", surely at least {low:.2%}," if figure.interval else ""
+    return Check(
+        gate="memorization",
+        passed=passed,
+        measure=name,
+        numbers={"candidate": figure.value, "low": low},
+        setting=setting,
+        reason=f"{name} {figure.value:.2%}{sure} is {'within' if passed else 'over'} the limit of {limit:.2%}"
+        f"{'' if passed else ': it copies its training images'}",
+    )
 
 
 def _approval(gate: ApprovalGate, approved_by: str | None) -> Check:

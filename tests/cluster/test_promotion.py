@@ -160,6 +160,23 @@ def test_a_model_that_copies_its_training_images_is_refused_for_that_reason(
         )
 
 
+def test_only_a_rate_of_copies_that_is_surely_over_the_limit_is_refused() -> None:
+    """By 16 held-out images, one in 17 honest images counts as a copy: 5.9 %."""
+    by_chance = GOOD | {"copy_rate_dinov2": Measured(15 / 256, interval=(0.033, 0.095))}
+    decision = judge(by_chance)
+    assert decision.accepted
+    found = check(decision, "memorization")
+    assert found.numbers == {"candidate": 15 / 256, "low": 0.033}
+    assert found.reason == "copy_rate_dinov2 5.86%, surely at least 3.30%, is within the limit of 5.00%"
+    copies = judge(GOOD | {"copy_rate_dinov2": Measured(0.1, interval=(0.051, 0.15))})
+    assert copies.reason == (
+        "memorization: copy_rate_dinov2 10.00%, surely at least 5.10%, is over the limit of 5.00%: it copies its "
+        "training images"
+    )
+    assert not judge(GOOD | {"copy_rate_dinov2": Measured(math.nan, interval=(0.0, 1.0))}).accepted
+    assert not judge(GOOD | {"copy_rate_dinov2": Measured(0.1, interval=(math.nan, 1.0))}).accepted
+
+
 def test_every_extractor_may_find_copies_unless_one_is_named() -> None:
     figures = GOOD | {"copy_rate_inception": Measured(0.2, extractor="inception")}
     assert not judge(figures).accepted
