@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from cluster.errors import UserError
 from trainers.fidelity.alignment import ALIGNMENT_NEIGHBOURS, MIN_BEARERS, caption_alignment, clip_scores
 from trainers.fidelity.bootstrap import MAX_ROWS, Interval, OnRows, half_sample_intervals, mean_interval
-from trainers.fidelity.diversity import SCALE_WEIGHTS, num_scales, similarity_within_prompts
+from trainers.fidelity.diversity import MAX_PAIRS, SCALE_WEIGHTS, ReadPixels, num_scales, similarity_within_prompts
 from trainers.fidelity.evaluation import ClassMeasure, Measure, Neighbour, measure_name
 from trainers.fidelity.frechet import Rows, fid, fid_infinity, fid_infinity_on_rows, fid_on_rows
 from trainers.fidelity.inception_score import class_probabilities, inception_score
@@ -184,21 +184,25 @@ def caption_alignment_measures(
 
 
 def diversity_measures(
-    pixels: NDArray[np.uint8], prompts: Sequence[str], *, seed: int, num_bootstrap: int = 500
+    read: ReadPixels, prompts: Sequence[str], *, seed: int, num_bootstrap: int = 500
 ) -> dict[str, Measure]:
-    """Mean MS-SSIM within a prompt, of uint8 [N, H, W, 3]; empty if no prompt was drawn twice."""
-    similarities = similarity_within_prompts(pixels, prompts, seed=seed)
+    """Mean MS-SSIM within a prompt; empty if no prompt was drawn twice.
+
+    Image i was drawn from prompts[i], or from no prompt where that is empty. They are read when they are needed, at
+    most 32 pairs at a time: `read(numbers [n])` gives their pixels, uint8 [n, H, W, 3].
+    """
+    similarities = similarity_within_prompts(read, prompts, seed=seed)
     if not similarities:
         return {}
     values = np.array(list(similarities.values()))
-    scales = num_scales(min(pixels.shape[1:3]))
+    scales = num_scales(min(read([0]).shape[1:3]))
     measure = Measure(
         value=float(values.mean()),
         interval=mean_interval(values, seed=seed, num_bootstrap=num_bootstrap) if len(values) > 1 else None,
         better="lower",
         num_generated=sum(count for prompt, count in Counter(prompts).items() if prompt in similarities),
         about=f"MS-SSIM between images of one prompt (Wang et al. 2003), {scales} of {len(SCALE_WEIGHTS)} scales, mean "
-        f"over {len(values)} prompts; 1 = always the same picture",
+        f"over {len(values)} prompts, at most {MAX_PAIRS} pairs of each; 1 = always the same picture",
     )
     return {"ms_ssim": measure}
 

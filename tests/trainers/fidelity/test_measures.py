@@ -97,13 +97,14 @@ def test_caption_alignment_counts_the_images_it_could_judge() -> None:
 
 def test_diversity_says_how_many_scales_and_prompts() -> None:
     images = pixels(frames(5, 44))
-    measure = diversity_measures(images, ["a", "a", "b", "b", "c"], seed=0)["ms_ssim"]
+    measure = diversity_measures(images.__getitem__, ["a", "a", "b", "b", "c"], seed=0)["ms_ssim"]
     assert (measure.num_generated, measure.extractor) == (4, None)
-    assert "3 of 5 scales, mean over 2 prompts" in measure.about
+    assert "3 of 5 scales, mean over 2 prompts, at most 20 pairs of each" in measure.about
+    assert diversity_measures(images.__getitem__, ["a", "a", "", "", ""], seed=0)["ms_ssim"].num_generated == 2
     assert measure.interval is not None
     assert measure.interval[0] <= measure.value <= measure.interval[1]
-    assert diversity_measures(images, ["a", "b", "c", "d", "e"], seed=0) == {}
-    assert diversity_measures(images, ["a", "a", "b", "c", "d"], seed=0)["ms_ssim"].interval is None
+    assert diversity_measures(images.__getitem__, ["a", "b", "c", "d", "e"], seed=0) == {}
+    assert diversity_measures(images.__getitem__, ["a", "a", "b", "c", "d"], seed=0)["ms_ssim"].interval is None
 
 
 def test_classes_are_captions_with_enough_images_of_both_kinds() -> None:
