@@ -17,16 +17,29 @@ from pydantic import ValidationError
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.promotion import Gates, Interval, PromotionDecision, decide, metric_of, quality_measure
+from cluster.promotion import (
+    Gates,
+    Interval,
+    PromotionDecision,
+    alignment_measure,
+    check_named,
+    decide,
+    metric_of,
+    quality_measure,
+)
 from cluster.registry import RegisteredModel, Version, now, whoami
 from cluster.tracking import Tracker, explained
 from data_shards import Manifest
+from trainers.fidelity.bootstrap import paired_mean_difference
 from trainers.fidelity.evaluation import EVALUATION, Evaluation
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
 KIND = {"medsynth.kind": "promotion"}
 REPORT = "report.html"
+SCORES = "scores.safetensors"
+"""In an evaluation's folder: the scores of each image, float64 [N], by the name of the measure that is their mean; NaN
+where an image was not judged."""
 
 Features = NDArray[np.float32]
 Evaluate = Callable[[str, str], Evaluation]
@@ -93,18 +106,22 @@ def promote(
         raise UserError(f"version {champion} of '{model.name}' is the champion already")
     _check_data(model.name, candidate, shards)
     judged = _judge(model.name, candidate.number, out, evaluate)
+    check_named(gates, judged.evaluation.measures)
     rival = None if champion is None else _judge(model.name, champion, out, evaluate)
 
-    difference = None
+    difference = alignment = None
     if rival is not None:
         _check_same_ground(judged, rival)
-        name = quality_measure(gates, judged.evaluation.measures, rival.evaluation.measures)
-        difference = _difference(name, judged, rival, real_features, paired_difference, seed)
+        both = judged.evaluation.measures, rival.evaluation.measures
+        difference = _difference(quality_measure(gates, *both), judged, rival, real_features, paired_difference, seed)
+        if aligned := alignment_measure(gates, *both):
+            alignment = _alignment_difference(aligned, judged, rival, seed)
     decision = decide(
         gates,
         judged.evaluation.measures,
         None if rival is None else rival.evaluation.measures,
         difference=difference,
+        alignment=alignment,
         # Read now: whoever approves may have waited for the evaluation.
         approved_by=model.version(candidate.number).tags.get(gates.approval.tag),
     )
@@ -228,6 +245,27 @@ def _features(judged: _Judged, label: str) -> Features:
     if len(features) != len(judged.evaluation.samples):
         raise UserError(f"{uri} holds {len(features)} rows for {len(judged.evaluation.samples)} samples")
     return features
+
+
+def _alignment_difference(name: str, candidate: _Judged, champion: _Judged, seed: int) -> Interval:
+    try:
+        return paired_mean_difference(_scores(candidate, name), _scores(champion, name), seed=seed)
+    except ValueError as error:
+        raise UserError(f"alignment: {name}: {error}") from None
+
+
+def _scores(judged: _Judged, name: str) -> NDArray[np.float64]:
+    uri = storage.join(judged.folder, SCORES)
+    try:
+        scores: dict[str, NDArray[np.float64]] = safetensors.numpy.load(storage.read_bytes(uri))
+    except storage.NotFoundError:
+        raise UserError(f"{judged.folder} has no {SCORES}: remove it, and run this again") from None
+    if name not in scores:
+        there = ", ".join(sorted(scores)) or "none"
+        raise UserError(f"alignment.measure: {uri} has no score of each image by '{name}'; there are {there}")
+    if len(scores[name]) != len(judged.evaluation.samples):
+        raise UserError(f"{uri} holds {len(scores[name])} scores for {len(judged.evaluation.samples)} samples")
+    return scores[name]
 
 
 def _record_and_act(
