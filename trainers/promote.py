@@ -28,7 +28,7 @@ from cluster.promotion import (
     quality_measure,
 )
 from cluster.registry import RegisteredModel, Version, now, whoami
-from cluster.tracking import Tracker, explained
+from cluster.tracking import Tracker, explained, find_run
 from data_shards import Manifest
 from trainers.fidelity.bootstrap import paired_mean_difference
 from trainers.fidelity.evaluation import EVALUATION, Evaluation
@@ -107,6 +107,8 @@ def promote(
     _check_data(model.name, candidate, shards)
     judged = _judge(model.name, candidate.number, out, evaluate)
     check_named(gates, judged.evaluation.measures)
+    if champion is not None:
+        _check_resolution(judged, champion, _trained_resolution(model.version(champion)))
     rival = None if champion is None else _judge(model.name, champion, out, evaluate)
 
     difference = alignment = None
@@ -185,8 +187,25 @@ def _judge(name: str, version: int, out: str, evaluate: Evaluate) -> _Judged:
     return _Judged(version, evaluate(f"models:/{name}/{version}", folder), folder)
 
 
+def _trained_resolution(version: Version) -> int | None:
+    """What its run says; None if it has none, or that is not at hand: then the evaluation will tell."""
+    run = find_run(version.run_id) if version.run_id else None
+    resolution = run.params().get("data.resolution", "") if run else ""
+    return int(resolution) if resolution.isdecimal() else None
+
+
+def _check_resolution(candidate: _Judged, champion: int, theirs: int | None) -> None:
+    ours = candidate.evaluation.generation and candidate.evaluation.generation.resolution
+    if theirs is not None and ours != theirs:
+        raise UserError(
+            f"version {candidate.version} draws at {ours} pixels, the champion, version {champion}, at {theirs}: "
+            "models of other resolutions cannot be compared; register this one under a name of its own"
+        )
+
+
 def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
     ours, theirs = candidate.evaluation, champion.evaluation
+    _check_resolution(candidate, champion.version, theirs.generation and theirs.generation.resolution)
     for what, one, other in (
         (
             "real images",
@@ -194,11 +213,6 @@ def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
             (theirs.reference.digest, theirs.reference.splits),
         ),
         ("prompts", ours.samples, theirs.samples),
-        (
-            "resolutions",
-            ours.generation and ours.generation.resolution,
-            theirs.generation and theirs.generation.resolution,
-        ),
         ("seeds", ours.generation and ours.generation.seed, theirs.generation and theirs.generation.seed),
         (
             "extractors",

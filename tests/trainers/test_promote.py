@@ -382,7 +382,12 @@ def _champion_already(world: World, model: RegisteredModel) -> None:
         ("models:/model/2", _no_features, {}, "evaluations/model-2 has no features by random_vgg"),
         ("models:/model/2", _other_reference, {}, "made with other real images"),
         ("models:/model/2", _other_seed, {}, "made with other seeds"),
-        ("models:/model/2", _other_resolution, {}, "made with other resolutions"),
+        (
+            "models:/model/2",
+            _other_resolution,
+            {},
+            "version 2 draws at 16 pixels, the champion, version 1, at 32: models of other resolutions cannot",
+        ),
         ("models:/model/2", _other_prompts, {}, "made with other prompts"),
         ("models:/model/2", None, {"measure": "kid_dinov2"}, "'kid_dinov2' was not measured"),
         ("models:/model/2", None, {"measure": "copy_rate_random_vgg"}, "no paired difference of 'copy_rate'"),
@@ -403,6 +408,22 @@ def test_mistakes_are_told_in_a_line_and_change_nothing(
     with pytest.raises(UserError, match=said):
         try_to_promote(uri, world, gates={"quality": gates})
     assert everything(model) == before
+
+
+def test_a_champion_whose_run_tells_of_another_resolution_is_not_evaluated(
+    model: RegisteredModel, world: World
+) -> None:
+    for resolution in (16, 32):
+        run = Tracker.start(experiment="trained", run_name="champion", tags={})
+        run.log_params({"data": {"resolution": resolution}})
+        model.client.create_model_version(NAME, "s3://nowhere/model", run_id=run.run_id)
+    world.kid |= {4: 0.5, 5: 0.5}
+    model.point("champion", 5)
+    with pytest.raises(UserError, match="version 2 draws at 16 pixels, the champion, version 5, at 32"):
+        try_to_promote("models:/model/2", world)
+    assert world.evaluated == [2]
+    model.point("champion", 4)
+    assert try_to_promote("models:/model/2", world, dry_run=True).decision.accepted
 
 
 def test_nothing_to_roll_back_to(model: RegisteredModel, world: World) -> None:
