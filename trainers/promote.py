@@ -1,6 +1,7 @@
 """Promotion: evaluate a candidate beside the champion on the same ground, decide, and move the alias.
 
-Nothing moves before everything is known, and the alias that people load by moves last: what is cut off may be repeated.
+Nothing moves before everything is known, and the alias that people load by moves last, but for the word that it has:
+what is cut off before may be repeated.
 """
 
 import json
@@ -37,6 +38,7 @@ CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
 KIND = {"medsynth.kind": "promotion"}
 REPORT = "report.html"
+MOVING = "accepted, moving"
 SCORES = "scores.safetensors"
 """In an evaluation's folder: the scores of each image, float64 [N], by the name of the measure that is their mean; NaN
 where an image was not judged."""
@@ -286,7 +288,6 @@ def _record_and_act(
     model: RegisteredModel, candidate: _Judged, champion: _Judged | None, gates: Gates, decision: PromotionDecision
 ) -> str:
     """Write the record, and move the aliases if the decision says so; returns the record's run."""
-    verdict = "accepted" if decision.accepted else "refused"
     document = {
         "action": "promotion",
         "name": model.name,
@@ -306,7 +307,7 @@ def _record_and_act(
             "promotion.model": model.name,
             "promotion.candidate": str(candidate.version),
             "promotion.champion": str(champion.version) if champion else "",
-            "promotion.decision": verdict,
+            "promotion.decision": MOVING if decision.accepted else "refused",
             "promotion.moved": "false",
             "git_commit": candidate.evaluation.git_commit,
             # Not as the run's data set: MLflow fails where two runs log the same one at once.
@@ -316,7 +317,7 @@ def _record_and_act(
     try:
         _log(audit, document, candidate, champion)
         tags = {
-            "promotion.decision": verdict,
+            "promotion.decision": MOVING if decision.accepted else "refused",
             "promotion.reason": decision.reason,
             "promotion.figures": json.dumps(
                 {f"{check.gate} {check.measure}": check.numbers for check in decision.checks if check.measure}
@@ -326,8 +327,7 @@ def _record_and_act(
             "promotion.at": str(document["at"]),
         }
         if decision.accepted:
-            _move(model, candidate.version, champion.version if champion else None, tags)
-            audit.client.set_tag(audit.run_id, "promotion.moved", "true")
+            _move(model, audit, candidate.version, champion.version if champion else None, tags)
         else:
             model.tag(candidate.version, tags)
         audit.finish("FINISHED")
@@ -350,7 +350,7 @@ def _log(audit: Tracker, document: dict[str, object], candidate: _Judged, champi
     audit.log_text(json.dumps(document, indent=1), "decision.json")
 
 
-def _move(model: RegisteredModel, candidate: int, champion: int | None, tags: dict[str, str]) -> None:
+def _move(model: RegisteredModel, audit: Tracker, candidate: int, champion: int | None, tags: dict[str, str]) -> None:
     """Move the aliases, if the champion is still the one that was compared; else raise UserError."""
     with model.lock() as check_still_locked:
         present = model.aliases().get(CHAMPION)
@@ -359,8 +359,14 @@ def _move(model: RegisteredModel, candidate: int, champion: int | None, tags: di
                 f"the champion of '{model.name}' is now version {present}, no longer {champion or 'none'}, which "
                 f"version {candidate} was compared with: run this again"
             )
+        # The whole record comes before the alias, so that no champion is without one; but it says "moving" until the
+        # alias has moved: cut off in between, it tells the reader to look at the alias, and claims nothing untrue.
         model.tag(candidate, tags)
+        audit.client.set_tag(audit.run_id, "promotion.moved", "moving")
         if champion is not None:
             model.point(PREVIOUS, champion)
         check_still_locked()
         model.point(CHAMPION, candidate)
+        model.tag(candidate, {"promotion.decision": "accepted"})
+        for key, value in (("promotion.decision", "accepted"), ("promotion.moved", "true")):
+            audit.client.set_tag(audit.run_id, key, value)
