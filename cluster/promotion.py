@@ -41,12 +41,13 @@ class QualityGate(Block):
 
 
 class AlignmentGate(Block):
-    """Not worse than the champion, beyond chance, at showing what the prompt asks for."""
+    """Not worse than the champion at showing what the prompt asks for: fails a loss that is beyond chance, the whole
+    paired interval of candidate - champion being on the worse side, and larger than tolerated."""
 
     measure: str | None = None
     """None: the best that was measured, in the order above; where none was, there is nothing to hold."""
     tolerance: float = Field(default=0.01, ge=0)
-    """The part of the champion's value that may be lost."""
+    """The part of the champion's value that may be lost, chance or not."""
 
 
 class MemorizationGate(Block):
@@ -55,7 +56,10 @@ class MemorizationGate(Block):
     measure: str | None = None
     """None: the rate of copies by each extractor must hold."""
     limit: float = Field(default=0.05, ge=0)
-    """Copies among the generated images, as a share; real held-out images have a small one too, by chance."""
+    """Copies among the generated images, as a share: not even the lower end of its 95 % interval may lie above.
+
+    Images that copy nothing have a small share too, by chance: 1 / (H + 1) where H < 99 images were held out.
+    """
 
 
 class ApprovalGate(Block):
@@ -130,19 +134,22 @@ def decide(
     champion: Figures | None,
     *,
     difference: Interval | None,
+    alignment: Interval | None,
     approved_by: str | None,
 ) -> PromotionDecision:
     """Hold a candidate's figures against the gates, and against the champion's if there is one.
 
-    `difference` is that of `quality_measure(...)`, and None for the first candidate, which only absolute limits bind.
-    A figure that is missing or no number fails its gate. Raises UserError if there is nothing to compare quality by.
+    `difference` is that of `quality_measure(...)`, and None for the first candidate, which only absolute limits bind;
+    `alignment` is that of `alignment_measure(...)`, and None where there is none. A figure that is missing or no number
+    fails its gate. Raises UserError if there is nothing to compare quality by, or a measure that gates name is missing.
     """
     checks = []
     if champion is not None:
         assert difference is not None
         name = quality_measure(gates, candidate, champion)
         checks += [_better(gates.quality, name, candidate[name], champion[name], difference)]
-        checks += [_not_worse(gates.alignment, candidate, champion)]
+        aligned = alignment_measure(gates, candidate, champion)
+        checks += [_not_worse(gates.alignment, aligned, candidate, champion, alignment)]
     if gates.quality.limit is not None:
         checks += [_within_limit(gates.quality, candidate)]
     checks += _memorization(gates.memorization, candidate)
@@ -152,14 +159,20 @@ def decide(
     return PromotionDecision(accepted=accepted, is_first=champion is None, checks=tuple(checks))
 
 
+def check_named(gates: Gates, figures: Figures) -> None:
+    """Raise UserError if gates compare by a measure that is not there: before more is evaluated in vain."""
+    comparable = {name: figure for name, figure in figures.items() if figure.better is not None}
+    for key, name in (("quality", gates.quality.measure), ("alignment", gates.alignment.measure)):
+        if name is not None and name not in comparable:
+            raise UserError(f"{key}.measure: '{name}' was not measured; there are {', '.join(comparable) or 'none'}")
+
+
 def quality_measure(gates: Gates, candidate: Figures, champion: Figures) -> str:
     """The measure by which quality is compared. Raises UserError if both were not measured by it."""
     both = {name: figure for name, figure in candidate.items() if name in champion and figure.better is not None}
-    asked = gates.quality.measure
-    if asked is not None:
-        if asked not in both:
-            raise UserError(f"quality.measure: '{asked}' was not measured; there are {', '.join(both) or 'none'}")
-        return asked
+    check_named(gates, both)
+    if gates.quality.measure is not None:
+        return gates.quality.measure
     found = _best(both, QUALITY_METRICS)
     if found is None:
         raise UserError(
@@ -167,6 +180,16 @@ def quality_measure(gates: Gates, candidate: Figures, champion: Figures) -> str:
             f"them come from, or name quality.measure; there are {', '.join(both) or 'none'}"
         )
     return found
+
+
+def alignment_measure(gates: Gates, candidate: Figures, champion: Figures) -> str | None:
+    """The measure by which alignment is compared; None if there is none and gates name none.
+
+    Raises UserError if both were not measured by the one that gates name.
+    """
+    both = {name: figure for name, figure in candidate.items() if name in champion}
+    check_named(gates, both)
+    return gates.alignment.measure or _best(both, ALIGNMENT_METRICS)
 
 
 def _better(gate: QualityGate, name: str, candidate: Figure, champion: Figure, difference: Interval) -> Check:
@@ -211,36 +234,32 @@ def _within_limit(gate: QualityGate, candidate: Figures) -> Check:
     )
 
 
-def _not_worse(gate: AlignmentGate, candidate: Figures, champion: Figures) -> Check:
+def _not_worse(
+    gate: AlignmentGate, name: str | None, candidate: Figures, champion: Figures, difference: Interval | None
+) -> Check:
     setting: dict[str, float | str | bool | None] = {
         "alignment.measure": gate.measure,
         "alignment.tolerance": gate.tolerance,
     }
-    both = {name: figure for name, figure in candidate.items() if name in champion}
-    name = gate.measure or _best(both, ALIGNMENT_METRICS)
     if name is None:
         return Check(gate="alignment", passed=True, setting=setting, reason="nothing measured it")
-    if name not in both:
-        reason = f"{name} was not measured for both models"
-        return Check(gate="alignment", passed=False, measure=name, setting=setting, reason=reason)
+    assert difference is not None
+    low, high = difference.interval
     before, after = champion[name].value, candidate[name].value
-    loss = after - before if candidate[name].better == "lower" else before - after
-    # As of independent samples; these share prompts and seeds, so their difference scatters rather less.
-    chance = math.hypot(_half_width(candidate[name]), _half_width(champion[name]))
-    passed = loss <= gate.tolerance * abs(before) + chance
+    sign = -1 if candidate[name].better == "lower" else 1
+    is_loss_beyond_chance = max(sign * low, sign * high) < 0
+    is_tolerated = -sign * difference.value <= gate.tolerance * abs(before)
+    is_number = all(map(math.isfinite, (before, after, difference.value, low, high)))
+    passed = is_number and (is_tolerated or not is_loss_beyond_chance)
     return Check(
         gate="alignment",
         passed=passed,
         measure=name,
-        numbers={"candidate": after, "champion": before, "chance": chance},
+        numbers={"candidate": after, "champion": before, "difference": difference.value, "low": low, "high": high},
         setting=setting,
-        reason=f"{name} {before:.4g} → {after:.4g}, {'no worse' if passed else 'worse'} than "
-        f"{gate.tolerance:.1%} and chance (±{chance:.2g}) allow",
+        reason=f"{name} {before:.4g} → {after:.4g}, paired 95 % interval {low:+.3g} to {high:+.3g}: "
+        f"{'no worse' if passed else 'worse'} than chance or the tolerance of {gate.tolerance:.1%} allows",
     )
-
-
-def _half_width(figure: Figure) -> float:
-    return (figure.interval[1] - figure.interval[0]) / 2 if figure.interval else 0.0
 
 
 def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
@@ -256,18 +275,23 @@ def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
     if not names:
         reason = f"{gate.measure or COPY_METRIC} was not measured, so copies cannot be ruled out"
         return [Check(gate="memorization", passed=False, measure=gate.measure, setting=setting, reason=reason)]
-    return [
-        Check(
-            gate="memorization",
-            passed=(passed := candidate[name].value <= gate.limit),
-            measure=name,
-            numbers={"candidate": candidate[name].value},
-            setting=setting,
-            reason=f"{name} {candidate[name].value:.2%} is {'within' if passed else 'over'} the limit of "
-            f"{gate.limit:.2%}{'' if passed else ': it copies its training images'}",
-        )
-        for name in names
-    ]
+    return [_within_copies(name, candidate[name], gate.limit, setting) for name in names]
+
+
+def _within_copies(name: str, figure: Figure, limit: float, setting: dict[str, float | str | bool | None]) -> Check:
+    """Held against the interval's lower end: the rate of a model that copies nothing scatters, and may exceed 5 %."""
+    low = figure.interval[0] if figure.interval else figure.value
+    passed = math.isfinite(figure.value) and low <= limit
+    sure = f", surely at least {low:.2%}," if figure.interval else ""
+    return Check(
+        gate="memorization",
+        passed=passed,
+        measure=name,
+        numbers={"candidate": figure.value, "low": low},
+        setting=setting,
+        reason=f"{name} {figure.value:.2%}{sure} is {'within' if passed else 'over'} the limit of {limit:.2%}"
+        f"{'' if passed else ': it copies its training images'}",
+    )
 
 
 def _approval(gate: ApprovalGate, approved_by: str | None) -> Check:

@@ -1,6 +1,7 @@
 """Promotion: evaluate a candidate beside the champion on the same ground, decide, and move the alias.
 
-Nothing moves before everything is known, and the alias that people load by moves last: what is cut off may be repeated.
+Nothing moves before everything is known, and the alias that people load by moves last, but for the word that it has:
+what is cut off before may be repeated.
 """
 
 import json
@@ -17,16 +18,30 @@ from pydantic import ValidationError
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.promotion import Gates, Interval, PromotionDecision, decide, metric_of, quality_measure
+from cluster.promotion import (
+    Gates,
+    Interval,
+    PromotionDecision,
+    alignment_measure,
+    check_named,
+    decide,
+    metric_of,
+    quality_measure,
+)
 from cluster.registry import RegisteredModel, Version, now, whoami
-from cluster.tracking import Tracker, explained
+from cluster.tracking import Tracker, explained, find_run
 from data_shards import Manifest
+from trainers.fidelity.bootstrap import paired_mean_difference
 from trainers.fidelity.evaluation import EVALUATION, Evaluation
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
 KIND = {"medsynth.kind": "promotion"}
 REPORT = "report.html"
+MOVING = "accepted, moving"
+SCORES = "scores.safetensors"
+"""In an evaluation's folder: the scores of each image, float64 [N], by the name of the measure that is their mean; NaN
+where an image was not judged."""
 
 Features = NDArray[np.float32]
 Evaluate = Callable[[str, str], Evaluation]
@@ -93,18 +108,24 @@ def promote(
         raise UserError(f"version {champion} of '{model.name}' is the champion already")
     _check_data(model.name, candidate, shards)
     judged = _judge(model.name, candidate.number, out, evaluate)
+    check_named(gates, judged.evaluation.measures)
+    if champion is not None:
+        _check_resolution(judged, champion, _trained_resolution(model.version(champion)))
     rival = None if champion is None else _judge(model.name, champion, out, evaluate)
 
-    difference = None
+    difference = alignment = None
     if rival is not None:
         _check_same_ground(judged, rival)
-        name = quality_measure(gates, judged.evaluation.measures, rival.evaluation.measures)
-        difference = _difference(name, judged, rival, real_features, paired_difference, seed)
+        both = judged.evaluation.measures, rival.evaluation.measures
+        difference = _difference(quality_measure(gates, *both), judged, rival, real_features, paired_difference, seed)
+        if aligned := alignment_measure(gates, *both):
+            alignment = _alignment_difference(aligned, judged, rival, seed)
     decision = decide(
         gates,
         judged.evaluation.measures,
         None if rival is None else rival.evaluation.measures,
         difference=difference,
+        alignment=alignment,
         # Read now: whoever approves may have waited for the evaluation.
         approved_by=model.version(candidate.number).tags.get(gates.approval.tag),
     )
@@ -168,8 +189,25 @@ def _judge(name: str, version: int, out: str, evaluate: Evaluate) -> _Judged:
     return _Judged(version, evaluate(f"models:/{name}/{version}", folder), folder)
 
 
+def _trained_resolution(version: Version) -> int | None:
+    """What its run says; None if it has none, or that is not at hand: then the evaluation will tell."""
+    run = find_run(version.run_id) if version.run_id else None
+    resolution = run.params().get("data.resolution", "") if run else ""
+    return int(resolution) if resolution.isdecimal() else None
+
+
+def _check_resolution(candidate: _Judged, champion: int, theirs: int | None) -> None:
+    ours = candidate.evaluation.generation and candidate.evaluation.generation.resolution
+    if theirs is not None and ours != theirs:
+        raise UserError(
+            f"version {candidate.version} draws at {ours} pixels, the champion, version {champion}, at {theirs}: "
+            "models of other resolutions cannot be compared; register this one under a name of its own"
+        )
+
+
 def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
     ours, theirs = candidate.evaluation, champion.evaluation
+    _check_resolution(candidate, champion.version, theirs.generation and theirs.generation.resolution)
     for what, one, other in (
         (
             "real images",
@@ -177,11 +215,6 @@ def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
             (theirs.reference.digest, theirs.reference.splits),
         ),
         ("prompts", ours.samples, theirs.samples),
-        (
-            "resolutions",
-            ours.generation and ours.generation.resolution,
-            theirs.generation and theirs.generation.resolution,
-        ),
         ("seeds", ours.generation and ours.generation.seed, theirs.generation and theirs.generation.seed),
         (
             "extractors",
@@ -230,11 +263,31 @@ def _features(judged: _Judged, label: str) -> Features:
     return features
 
 
+def _alignment_difference(name: str, candidate: _Judged, champion: _Judged, seed: int) -> Interval:
+    try:
+        return paired_mean_difference(_scores(candidate, name), _scores(champion, name), seed=seed)
+    except ValueError as error:
+        raise UserError(f"alignment: {name}: {error}") from None
+
+
+def _scores(judged: _Judged, name: str) -> NDArray[np.float64]:
+    uri = storage.join(judged.folder, SCORES)
+    try:
+        scores: dict[str, NDArray[np.float64]] = safetensors.numpy.load(storage.read_bytes(uri))
+    except storage.NotFoundError:
+        raise UserError(f"{judged.folder} has no {SCORES}: remove it, and run this again") from None
+    if name not in scores:
+        there = ", ".join(sorted(scores)) or "none"
+        raise UserError(f"alignment.measure: {uri} has no score of each image by '{name}'; there are {there}")
+    if len(scores[name]) != len(judged.evaluation.samples):
+        raise UserError(f"{uri} holds {len(scores[name])} scores for {len(judged.evaluation.samples)} samples")
+    return scores[name]
+
+
 def _record_and_act(
     model: RegisteredModel, candidate: _Judged, champion: _Judged | None, gates: Gates, decision: PromotionDecision
 ) -> str:
     """Write the record, and move the aliases if the decision says so; returns the record's run."""
-    verdict = "accepted" if decision.accepted else "refused"
     document = {
         "action": "promotion",
         "name": model.name,
@@ -254,7 +307,7 @@ def _record_and_act(
             "promotion.model": model.name,
             "promotion.candidate": str(candidate.version),
             "promotion.champion": str(champion.version) if champion else "",
-            "promotion.decision": verdict,
+            "promotion.decision": MOVING if decision.accepted else "refused",
             "promotion.moved": "false",
             "git_commit": candidate.evaluation.git_commit,
             # Not as the run's data set: MLflow fails where two runs log the same one at once.
@@ -264,7 +317,7 @@ def _record_and_act(
     try:
         _log(audit, document, candidate, champion)
         tags = {
-            "promotion.decision": verdict,
+            "promotion.decision": MOVING if decision.accepted else "refused",
             "promotion.reason": decision.reason,
             "promotion.figures": json.dumps(
                 {f"{check.gate} {check.measure}": check.numbers for check in decision.checks if check.measure}
@@ -274,8 +327,7 @@ def _record_and_act(
             "promotion.at": str(document["at"]),
         }
         if decision.accepted:
-            _move(model, candidate.version, champion.version if champion else None, tags)
-            audit.client.set_tag(audit.run_id, "promotion.moved", "true")
+            _move(model, audit, candidate.version, champion.version if champion else None, tags)
         else:
             model.tag(candidate.version, tags)
         audit.finish("FINISHED")
@@ -298,7 +350,7 @@ def _log(audit: Tracker, document: dict[str, object], candidate: _Judged, champi
     audit.log_text(json.dumps(document, indent=1), "decision.json")
 
 
-def _move(model: RegisteredModel, candidate: int, champion: int | None, tags: dict[str, str]) -> None:
+def _move(model: RegisteredModel, audit: Tracker, candidate: int, champion: int | None, tags: dict[str, str]) -> None:
     """Move the aliases, if the champion is still the one that was compared; else raise UserError."""
     with model.lock() as check_still_locked:
         present = model.aliases().get(CHAMPION)
@@ -307,8 +359,14 @@ def _move(model: RegisteredModel, candidate: int, champion: int | None, tags: di
                 f"the champion of '{model.name}' is now version {present}, no longer {champion or 'none'}, which "
                 f"version {candidate} was compared with: run this again"
             )
+        # The whole record comes before the alias, so that no champion is without one; but it says "moving" until the
+        # alias has moved: cut off in between, it tells the reader to look at the alias, and claims nothing untrue.
         model.tag(candidate, tags)
+        audit.client.set_tag(audit.run_id, "promotion.moved", "moving")
         if champion is not None:
             model.point(PREVIOUS, champion)
         check_still_locked()
         model.point(CHAMPION, candidate)
+        model.tag(candidate, {"promotion.decision": "accepted"})
+        for key, value in (("promotion.decision", "accepted"), ("promotion.moved", "true")):
+            audit.client.set_tag(audit.run_id, key, value)

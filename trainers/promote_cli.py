@@ -56,6 +56,9 @@ def promote(
 
     medsynth promote models:/msdm-demo/latest --data demo/shards --num-samples 128
     """
+    if dry_run and (rollback or unlock):
+        other = "--rollback" if rollback else "--unlock"
+        raise UserError(f"--dry-run changes nothing, and {other} does nothing but change: leave out one of them")
     if unlock:
         _unlock(model)
         return

@@ -8,7 +8,15 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.errors import UserError
-from cluster.promotion import Check, Gates, PromotionDecision, decide, quality_measure
+from cluster.promotion import (
+    Check,
+    Gates,
+    PromotionDecision,
+    alignment_measure,
+    check_named,
+    decide,
+    quality_measure,
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,18 @@ def judge(
     champion: dict[str, Measured] | None = CHAMPION,
     difference: Difference | None = BETTER,
     approved_by: str | None = None,
+    alignment: Difference | None = None,
     **gates: Any,
 ) -> PromotionDecision:
     difference = difference if champion is not None else None
-    return decide(Gates.model_validate(gates), candidate, champion, difference=difference, approved_by=approved_by)
+    return decide(
+        Gates.model_validate(gates),
+        candidate,
+        champion,
+        difference=difference,
+        alignment=alignment,
+        approved_by=approved_by,
+    )
 
 
 def check(decision: PromotionDecision, gate: str) -> Check:
@@ -111,40 +127,60 @@ def test_a_measure_that_is_named_must_be_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "half_width", "accepted"),
+    ("better", "before", "after", "interval", "accepted"),
     [
-        (30.0, 31.0, 0.0, True),
-        (30.0, 29.8, 0.0, True),
-        (30.0, 29.6, 0.0, False),
-        (30.0, 29.6, 0.1, True),  # 0.4 < 0.3 + √2 · 0.1
-        (30.0, 29.5, 0.1, False),
-        (30.0, math.nan, 0.1, False),
+        ("higher", 30.0, 31.0, (0.8, 1.2), True),
+        ("higher", 30.0, 29.8, (-0.3, -0.1), True),  # sure, but within the tolerance of 0.3
+        ("higher", 30.0, 29.0, (-2.1, 0.1), True),  # a large loss, but it may be chance
+        ("higher", 30.0, 29.6, (-0.5, -0.3), False),
+        ("higher", 30.0, 29.0, (-2.0, -0.1), False),
+        ("lower", 30.0, 29.0, (-2.0, -0.1), True),
+        ("lower", 30.0, 30.2, (0.1, 0.3), True),
+        ("lower", 30.0, 30.4, (0.3, 0.5), False),
+        ("higher", -0.2, -0.3, (-0.15, -0.05), False),
+        ("higher", 30.0, math.nan, (-0.3, 0.1), False),
+        ("higher", 30.0, 30.0, (math.nan, math.nan), False),
     ],
 )
-def test_alignment_must_not_be_worse(before: float, after: float, half_width: float, accepted: bool) -> None:
+def test_alignment_fails_a_loss_that_is_neither_chance_nor_tolerated(
+    better: Literal["lower", "higher"], before: float, after: float, interval: tuple[float, float], accepted: bool
+) -> None:
     def aligned(value: float) -> dict[str, Measured]:
-        interval = (value - half_width, value + half_width)
-        return {"clip_score_biomedclip": Measured(value, "higher", "biomedclip", interval)}
+        # Each alone may be anywhere: prompts differ far more than models do on one prompt.
+        return {"clip_score_biomedclip": Measured(value, better, "biomedclip", (value - 9, value + 9))}
 
-    decision = judge(GOOD | aligned(after), CHAMPION | aligned(before))
+    difference = Difference(after - before, interval)
+    decision = judge(GOOD | aligned(after), CHAMPION | aligned(before), alignment=difference)
     assert decision.accepted is accepted
     found = check(decision, "alignment")
     assert found.measure == "clip_score_biomedclip"
-    assert found.numbers["champion"] == before
+    assert (found.numbers["champion"], found.numbers["low"]) == pytest.approx((before, interval[0]), nan_ok=True)
     assert found.setting["alignment.tolerance"] == 0.01
 
 
 def test_alignment_by_what_was_measured() -> None:
     found = check(judge(GOOD), "alignment")
     assert (found.passed, found.measure, found.reason) == (True, None, "nothing measured it")
-    decision = judge(GOOD | {"clip_score": Measured(30, "higher", "clip")}, alignment={"measure": "clip_score"})
-    assert "clip_score was not measured for both models" in decision.reason
-    assert not decision.accepted
+    named = Gates.model_validate({"alignment": {"measure": "clip_score"}})
+    both = {"clip_score": Measured(30, "higher", "clip"), "clip_score_bad": Measured(30, "higher", "bad")}
+    assert alignment_measure(named, both, both) == "clip_score"
+    with pytest.raises(UserError, match=r"alignment.measure: 'clip_score' was not measured; there are kid_dinov2"):
+        alignment_measure(named, GOOD | both, CHAMPION)
 
     captions = {"caption_alignment_random_vgg": Measured(0.5, "higher", "random_vgg")}
-    assert check(judge(GOOD | captions, CHAMPION | captions), "alignment").measure == "caption_alignment_random_vgg"
-    both = captions | {"clip_score": Measured(30, "higher", "clip")}
-    assert check(judge(GOOD | both, CHAMPION | both), "alignment").measure == "clip_score"
+    assert alignment_measure(Gates(), captions, captions) == "caption_alignment_random_vgg"
+    assert alignment_measure(Gates(), captions | both, captions | both) == "clip_score"
+    assert alignment_measure(Gates(), captions | both, captions) == "caption_alignment_random_vgg"
+    assert alignment_measure(Gates(), captions | both, GOOD) is None
+
+
+@pytest.mark.parametrize("gate", ["quality", "alignment"])
+def test_what_gates_name_must_be_measured(gate: str) -> None:
+    gates = Gates.model_validate({gate: {"measure": "kid_biomedclip"}})
+    with pytest.raises(UserError, match=f"{gate}.measure: 'kid_biomedclip' was not measured; there are kid_dinov2"):
+        check_named(gates, GOOD)
+    check_named(gates, {"kid_biomedclip": Measured(1.0)})
+    check_named(Gates(), GOOD)
 
 
 @pytest.mark.parametrize(("rate", "accepted"), [(0.0, True), (0.05, True), (0.06, False), (math.nan, False)])
@@ -158,6 +194,23 @@ def test_a_model_that_copies_its_training_images_is_refused_for_that_reason(
         assert decision.reason == (
             "memorization: copy_rate_dinov2 6.00% is over the limit of 5.00%: it copies its training images"
         )
+
+
+def test_only_a_rate_of_copies_that_is_surely_over_the_limit_is_refused() -> None:
+    """By 16 held-out images, one in 17 honest images counts as a copy: 5.9 %."""
+    by_chance = GOOD | {"copy_rate_dinov2": Measured(15 / 256, interval=(0.033, 0.095))}
+    decision = judge(by_chance)
+    assert decision.accepted
+    found = check(decision, "memorization")
+    assert found.numbers == {"candidate": 15 / 256, "low": 0.033}
+    assert found.reason == "copy_rate_dinov2 5.86%, surely at least 3.30%, is within the limit of 5.00%"
+    copies = judge(GOOD | {"copy_rate_dinov2": Measured(0.1, interval=(0.051, 0.15))})
+    assert copies.reason == (
+        "memorization: copy_rate_dinov2 10.00%, surely at least 5.10%, is over the limit of 5.00%: it copies its "
+        "training images"
+    )
+    assert not judge(GOOD | {"copy_rate_dinov2": Measured(math.nan, interval=(0.0, 1.0))}).accepted
+    assert not judge(GOOD | {"copy_rate_dinov2": Measured(0.1, interval=(math.nan, 1.0))}).accepted
 
 
 def test_every_extractor_may_find_copies_unless_one_is_named() -> None:

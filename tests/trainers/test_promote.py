@@ -4,6 +4,7 @@ Evaluations are made up here, so that each test says exactly what was found; tes
 """
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -54,11 +55,14 @@ class World:
     kid: dict[int, float] = field(default_factory=lambda: {1: 0.5, 2: 0.4, 3: 0.3})
     copy_rate: dict[int, float] = field(default_factory=dict)
     digest: str = "r" * 64
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    """CLIP scores of each image; none: no extractor read prompts."""
     seeds: dict[int, int] = field(default_factory=dict)
     prompts: dict[int, str] = field(default_factory=dict)
     resolution: dict[int, int] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
     writes_features: bool = True
+    writes_scores: bool = True
     on_evaluate: Callable[[int], None] = lambda version: None
 
     def evaluate(self, model_uri: str, out: str) -> Evaluation:
@@ -68,6 +72,8 @@ class World:
             "kid_random_vgg": (self.kid[version], "random_vgg"),
             "copy_rate_random_vgg": (self.copy_rate.get(version, 0.0), "random_vgg"),
         }
+        if version in self.scores:
+            measures["clip_score"] = (float(np.nanmean(self.scores[version])), "clip")
         evaluation = Evaluation(
             created="2026-01-01T00:00:00Z",
             medsynth_version="0",
@@ -87,7 +93,14 @@ class World:
             ),
             samples=(SampleRecord(prompt=self.prompts.get(version, "a polyp")),) * NUM_SAMPLES,
             measures={
-                name: Measure(value=value, better="lower", extractor=label, num_generated=NUM_SAMPLES, about="")
+                name: Measure(
+                    value=value,
+                    better="higher" if name == "clip_score" else "lower",
+                    interval=(0, 100) if name == "clip_score" else None,
+                    extractor=label,
+                    num_generated=NUM_SAMPLES,
+                    about="",
+                )
                 for name, (value, label) in measures.items()
             },
             extractors={"random_vgg": ExtractorRecord(uri="random-vgg", digest="d", dim=DIM, resize="")},
@@ -96,6 +109,9 @@ class World:
             features = np.full((NUM_SAMPLES, DIM), self.kid[version], np.float32)
             packed = safetensors.numpy.save({"features": features})
             storage.write_bytes(storage.join(out, "features", "random_vgg.safetensors"), packed)
+        if self.writes_scores:
+            scores = {"clip_score": np.array(self.scores[version])} if version in self.scores else {}
+            storage.write_bytes(storage.join(out, "scores.safetensors"), safetensors.numpy.save(scores))
         storage.write_bytes(storage.join(out, "report.html"), f"<p>of {version}".encode())
         evaluation.save(out)
         self.on_evaluate(version)
@@ -257,6 +273,54 @@ def test_a_refusal_moves_nothing_and_says_why(
     assert json.loads(artifact(outcome.audit_run, "decision.json"))["reason"] == outcome.decision.reason
 
 
+CHAMPION_SCORES = [10.0, 20, 30, 40, 50, math.nan]
+
+
+def test_alignment_is_compared_pair_by_pair(model: RegisteredModel) -> None:
+    """Prompts differ by 40, so either mean may be anywhere; yet of every prompt the candidate shows a little less."""
+    model.point("champion", 1)
+    worse = [score - loss for score, loss in zip(CHAMPION_SCORES, (1.1, 0.9, 1.0, 1.2, 0.8, 1.0), strict=True)]
+    refused = try_to_promote("models:/model/2", World(scores={1: CHAMPION_SCORES, 2: worse}))
+    assert not refused.moved
+    (check,) = [check for check in refused.decision.checks if not check.passed]
+    assert (check.gate, check.measure) == ("alignment", "clip_score")
+    assert check.numbers["difference"] == pytest.approx(-1)
+    assert check.numbers["high"] < -0.8
+
+    either_way = [score + gain for score, gain in zip(CHAMPION_SCORES, (9.0, -9, -9, -9, 9, 0), strict=True)]
+    assert try_to_promote("models:/model/2", World(scores={1: CHAMPION_SCORES, 2: either_way})).moved
+
+
+@pytest.mark.parametrize(
+    ("scores", "writes", "measure", "said"),
+    [
+        (CHAMPION_SCORES, False, None, "evaluations/model-2 has no scores.safetensors: remove it, and run this again"),
+        (CHAMPION_SCORES[1:], True, None, "model-2/scores.safetensors holds 5 scores for 6 samples"),
+        ([math.nan] * 5 + [10.0], True, None, "alignment: clip_score: no pair of images has both scores"),
+        (CHAMPION_SCORES, True, "kid_random_vgg", "has no score of each image by 'kid_random_vgg'; there are clip_s"),
+    ],
+)
+def test_alignment_without_scores(
+    model: RegisteredModel, scores: list[float], writes: bool, measure: str | None, said: str
+) -> None:
+    model.point("champion", 1)
+    world = World(scores={1: CHAMPION_SCORES, 2: scores}, writes_scores=writes)
+    with pytest.raises(UserError, match=said):
+        try_to_promote("models:/model/2", world, gates={"alignment": {"measure": measure}})
+
+
+@pytest.mark.parametrize("gate", ["quality", "alignment"])
+@pytest.mark.parametrize("champion", [1, None])
+def test_a_measure_that_does_not_exist_is_told_of_before_the_champion_is_evaluated(
+    model: RegisteredModel, world: World, gate: str, champion: int | None
+) -> None:
+    if champion:
+        model.point("champion", champion)
+    with pytest.raises(UserError, match=f"{gate}.measure: 'kid_dinov2' was not measured; there are kid_random_vgg"):
+        try_to_promote("models:/model/2", world, gates={gate: {"measure": "kid_dinov2"}})
+    assert world.evaluated == [2]
+
+
 def test_approval_given_while_it_was_evaluated_counts(model: RegisteredModel, world: World) -> None:
     gates = {"approval": {"required": True, "tag": "signed_by"}}
     assert not try_to_promote("models:/model/1", world, gates=gates).moved
@@ -318,7 +382,12 @@ def _champion_already(world: World, model: RegisteredModel) -> None:
         ("models:/model/2", _no_features, {}, "evaluations/model-2 has no features by random_vgg"),
         ("models:/model/2", _other_reference, {}, "made with other real images"),
         ("models:/model/2", _other_seed, {}, "made with other seeds"),
-        ("models:/model/2", _other_resolution, {}, "made with other resolutions"),
+        (
+            "models:/model/2",
+            _other_resolution,
+            {},
+            "version 2 draws at 16 pixels, the champion, version 1, at 32: models of other resolutions cannot",
+        ),
         ("models:/model/2", _other_prompts, {}, "made with other prompts"),
         ("models:/model/2", None, {"measure": "kid_dinov2"}, "'kid_dinov2' was not measured"),
         ("models:/model/2", None, {"measure": "copy_rate_random_vgg"}, "no paired difference of 'copy_rate'"),
@@ -339,6 +408,22 @@ def test_mistakes_are_told_in_a_line_and_change_nothing(
     with pytest.raises(UserError, match=said):
         try_to_promote(uri, world, gates={"quality": gates})
     assert everything(model) == before
+
+
+def test_a_champion_whose_run_tells_of_another_resolution_is_not_evaluated(
+    model: RegisteredModel, world: World
+) -> None:
+    for resolution in (16, 32):
+        run = Tracker.start(experiment="trained", run_name="champion", tags={})
+        run.log_params({"data": {"resolution": resolution}})
+        model.client.create_model_version(NAME, "s3://nowhere/model", run_id=run.run_id)
+    world.kid |= {4: 0.5, 5: 0.5}
+    model.point("champion", 5)
+    with pytest.raises(UserError, match="version 2 draws at 16 pixels, the champion, version 5, at 32"):
+        try_to_promote("models:/model/2", world)
+    assert world.evaluated == [2]
+    model.point("champion", 4)
+    assert try_to_promote("models:/model/2", world, dry_run=True).decision.accepted
 
 
 def test_nothing_to_roll_back_to(model: RegisteredModel, world: World) -> None:
@@ -377,21 +462,32 @@ def test_wherever_the_server_fails_the_champion_is_whole_and_another_try_complet
     while True:
         written.clear()
         try:
-            outcome = try_to_promote("models:/model/2", world)
-            break
+            try_to_promote("models:/model/2", world)
+            pytest.fail("no write after the alias failed")
         except UserError as error:
             told = str(error)
         assert "API request failed: connection refused" in told
         assert len(written) == failing + 1, "nothing is written after what failed"
+        decided = model.version(2).tags.get("promotion.decision")
+        if written[-2:] == ["set_registered_model_alias", "set_model_version_tag"]:
+            # All but the last word was written, and that is no lie either.
+            assert (model.aliases(), decided) == ({"champion": 2, "previous": 1}, "accepted, moving")
+            assert not model.unlock(), "no lock is left"
+            break
         assert model.aliases()["champion"] == 1
         assert model.aliases().get("previous", 1) == 1
+        assert decided in (None, "accepted, moving"), "it is not accepted before the alias has moved"
         assert not model.unlock(), "no lock is left"
         failing += 1
-    assert outcome.moved
-    assert failing == len(written)
-    assert written[-1] == "set_registered_model_alias"
     assert {*written} == {*WRITES}
+    failing = -1
+    model.point("champion", 1)
+    assert try_to_promote("models:/model/2", world).moved
     assert model.aliases() == {"champion": 2, "previous": 1}
+    assert model.version(2).tags["promotion.decision"] == "accepted"
+    assert [run.data.tags["promotion.moved"] for run in audits(model.client) if run.info.status == "FINISHED"] == [
+        "true"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,22 @@ def test_mistakes(tracking_uri: str, arguments: list[str], said: str) -> None:
     assert said in str(result.exception)
 
 
+@pytest.mark.parametrize("option", ["--rollback", "--unlock"])
+def test_nothing_is_changed_in_a_dry_run(tracking_uri: str, option: str) -> None:
+    model = RegisteredModel(tracking_uri, "tiny")
+    model.client.create_registered_model("tiny")
+    for _ in range(2):
+        model.client.create_model_version("tiny", "s3://nowhere/model")
+    model.point("champion", 2)
+    model.point("previous", 1)
+    model.client.create_registered_model("tiny.promoting", tags={"holder": "someone"})
+    result = command("models:/tiny/2", option, "--dry-run")
+    assert isinstance(result.exception, UserError)
+    assert f"--dry-run changes nothing, and {option} does nothing but change" in str(result.exception)
+    assert model.aliases() == {"champion": 2, "previous": 1}
+    assert model.unlock(), "the lock is still there"
+
+
 def test_unlocking(tracking_uri: str) -> None:
     model = RegisteredModel(tracking_uri, "tiny")
     model.client.create_registered_model("tiny")

@@ -1,7 +1,7 @@
 """How alike are the images drawn from one prompt? By structural similarity, on pixels."""
 
-from collections.abc import Sequence
-from itertools import combinations
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,11 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MIN_SIDES = (11, 22, 44, 99, 176)
 """Shorter side that 1, 2, ... scales need: the 11-pixel window must fit, and torchmetrics asks a little more."""
+MAX_PAIRS = 20  # of a prompt
 PAIRS_AT_A_TIME = 32
+
+ReadPixels = Callable[[Sequence[int]], NDArray[np.uint8]]
+"""Numbers of images [n] -> their pixels, uint8 [n, H, W, 3]."""
 
 
 def num_scales(side: int) -> int:
@@ -31,45 +35,46 @@ def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
     """
     weights = SCALE_WEIGHTS[: num_scales(min(a.shape[1:3]))]
     betas = tuple(sum(SCALE_WEIGHTS) * weight / sum(weights) for weight in weights)
-    similarities = [
-        multiscale_structural_similarity_index_measure(
-            _images(a[start : start + PAIRS_AT_A_TIME]),
-            _images(b[start : start + PAIRS_AT_A_TIME]),
-            data_range=1.0,
-            betas=betas,
-            reduction="none",
-            normalize="relu",
-        )
-        for start in range(0, len(a), PAIRS_AT_A_TIME)
-    ]
-    return np.asarray(torch.cat([s.reshape(-1) for s in similarities]).double().numpy())
+    similarities = multiscale_structural_similarity_index_measure(
+        _images(a), _images(b), data_range=1.0, betas=betas, reduction="none", normalize="relu"
+    )
+    return np.asarray(similarities.reshape(-1).double().numpy())
 
 
 def similarity_within_prompts(
-    pixels: NDArray[np.uint8], prompts: Sequence[str], *, seed: int, max_pairs: int = 20
+    read: ReadPixels, prompts: Sequence[str], *, seed: int, max_pairs: int = MAX_PAIRS
 ) -> dict[str, float]:
     """Mean MS-SSIM over the pairs of images of each prompt that has several; at most `max_pairs` of each, at random.
 
-    `pixels` are uint8 [N, H, W, 3], row i drawn from prompts[i]. Near 1: the model draws one picture for that prompt.
+    Image i was drawn from prompts[i]; one whose prompt is empty from none, so it is in no pair. No more than
+    PAIRS_AT_A_TIME pairs are read at a time. Near 1: the model draws one picture for that prompt.
     """
     rng = np.random.default_rng(seed)
-    firsts: list[int] = []
-    seconds: list[int] = []
-    pair_prompts: list[str] = []
-    for prompt in dict.fromkeys(prompts):
-        rows = [row for row, other in enumerate(prompts) if other == prompt]
-        pairs = np.array(list(combinations(rows, 2)), dtype=np.int64).reshape(-1, 2)
-        for first, second in pairs[rng.permutation(len(pairs))[:max_pairs]]:
-            firsts.append(int(first))
-            seconds.append(int(second))
-            pair_prompts.append(prompt)
-    if not firsts:
-        return {}
-    similarities = ms_ssim(pixels[firsts], pixels[seconds])
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt:
+            rows_of.setdefault(prompt, []).append(row)
+    pairs = [(prompt, *pair) for prompt, rows in rows_of.items() for pair in _some_pairs(rows, max_pairs, rng)]
     by_prompt: dict[str, list[float]] = {}
-    for prompt, similarity in zip(pair_prompts, similarities, strict=True):
-        by_prompt.setdefault(prompt, []).append(float(similarity))
+    for start in range(0, len(pairs), PAIRS_AT_A_TIME):
+        some = pairs[start : start + PAIRS_AT_A_TIME]
+        similarities = ms_ssim(read([first for _, first, _ in some]), read([second for _, _, second in some]))
+        for (prompt, _, _), similarity in zip(some, similarities, strict=True):
+            by_prompt.setdefault(prompt, []).append(float(similarity))
     return {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
+
+
+def _some_pairs(rows: Sequence[int], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """At most `count` different pairs of rows, all as likely. They are chosen by number: listing all takes n²/2."""
+    num_pairs = len(rows) * (len(rows) - 1) // 2
+    chosen = rng.choice(num_pairs, size=min(count, num_pairs), replace=False).tolist()
+    return [(rows[first], rows[second]) for first, second in map(_pair, chosen)]
+
+
+def _pair(number: int) -> tuple[int, int]:
+    """The pairs i < j, numbered by j, then by i: (0, 1), (0, 2), (1, 2), (0, 3), ..."""
+    second = (1 + math.isqrt(1 + 8 * number)) // 2
+    return number - second * (second - 1) // 2, second
 
 
 def _images(pixels: NDArray[Any]) -> torch.Tensor:

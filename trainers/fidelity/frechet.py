@@ -10,6 +10,7 @@ from trainers.fidelity.statistics import Features, Float64, GaussianStatistics
 
 Rows = NDArray[np.int64]
 PARTS = (1, 2, 3, 4)
+BLOCK_ROWS = 1000
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
@@ -25,8 +26,11 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 def fid(generated: Features, real: Features) -> float:
     """Fréchet distance between two sets of features [N, D] and [M, D].
 
-    It is biased upwards at finite N and M: compare values only at equal sizes.
+    It is biased upwards at finite N and M: compare values only at equal sizes. Of sets of at least D images, blocks
+    stream into their statistics: in float64 there is never more of them than a block.
     """
+    if min(len(generated), len(real)) >= generated.shape[1]:
+        return frechet_distance(_streamed(generated), _streamed(real))
     gap = generated.mean(axis=0, dtype=np.float64) - real.mean(axis=0, dtype=np.float64)
     return _distance(gap, _factor_of_features(generated), _factor_of_features(real))
 
@@ -94,12 +98,18 @@ def _factor(covariance: Float64) -> Float64:
 def _factor_of_features(features: Features) -> Float64:
     """Of the covariance of [N, D]. Of few samples the centred features are one, and as small as the set."""
     n, dim = features.shape
-    if n > dim:
-        return _factor(GaussianStatistics.of(features).covariance)
+    if n >= dim:
+        return _factor(_streamed(features).covariance)
     if n < 2:
         raise ValueError(f"a covariance needs at least 2 samples, got {n}")
     centred: Float64 = (features - features.mean(axis=0, dtype=np.float64)) / np.sqrt(n - 1)
     return centred.T
+
+
+def _streamed(features: Features) -> GaussianStatistics:
+    return GaussianStatistics.from_batches(
+        features[start : start + BLOCK_ROWS] for start in range(0, len(features), BLOCK_ROWS)
+    )
 
 
 def _moments_by_gram(gram: Float64) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from cluster.errors import UserError
 from trainers.fidelity.alignment import ALIGNMENT_NEIGHBOURS, MIN_BEARERS, caption_alignment, clip_scores
 from trainers.fidelity.bootstrap import MAX_ROWS, Interval, OnRows, half_sample_intervals, mean_interval
-from trainers.fidelity.diversity import SCALE_WEIGHTS, num_scales, similarity_within_prompts
+from trainers.fidelity.diversity import MAX_PAIRS, SCALE_WEIGHTS, ReadPixels, num_scales, similarity_within_prompts
 from trainers.fidelity.evaluation import ClassMeasure, Measure, Neighbour, measure_name
 from trainers.fidelity.frechet import Rows, fid, fid_infinity, fid_infinity_on_rows, fid_on_rows
 from trainers.fidelity.inception_score import class_probabilities, inception_score
@@ -184,21 +184,25 @@ def caption_alignment_measures(
 
 
 def diversity_measures(
-    pixels: NDArray[np.uint8], prompts: Sequence[str], *, seed: int, num_bootstrap: int = 500
+    read: ReadPixels, prompts: Sequence[str], *, seed: int, num_bootstrap: int = 500
 ) -> dict[str, Measure]:
-    """Mean MS-SSIM within a prompt, of uint8 [N, H, W, 3]; empty if no prompt was drawn twice."""
-    similarities = similarity_within_prompts(pixels, prompts, seed=seed)
+    """Mean MS-SSIM within a prompt; empty if no prompt was drawn twice.
+
+    Image i was drawn from prompts[i], or from no prompt where that is empty. They are read when they are needed, at
+    most 32 pairs at a time: `read(numbers [n])` gives their pixels, uint8 [n, H, W, 3].
+    """
+    similarities = similarity_within_prompts(read, prompts, seed=seed)
     if not similarities:
         return {}
     values = np.array(list(similarities.values()))
-    scales = num_scales(min(pixels.shape[1:3]))
+    scales = num_scales(min(read([0]).shape[1:3]))
     measure = Measure(
         value=float(values.mean()),
         interval=mean_interval(values, seed=seed, num_bootstrap=num_bootstrap) if len(values) > 1 else None,
         better="lower",
         num_generated=sum(count for prompt, count in Counter(prompts).items() if prompt in similarities),
         about=f"MS-SSIM between images of one prompt (Wang et al. 2003), {scales} of {len(SCALE_WEIGHTS)} scales, mean "
-        f"over {len(values)} prompts; 1 = always the same picture",
+        f"over {len(values)} prompts, at most {MAX_PAIRS} pairs of each; 1 = always the same picture",
     )
     return {"ms_ssim": measure}
 
@@ -241,7 +245,7 @@ def memorization_measures(
     """Copy rate and the train-versus-held-out test; and the nearest pairs, nearest first, at most MAX_NEIGHBOURS.
 
     `train` [T, D] are the training images, row i of key train_keys[i]; `held_out` [H, D] are real images that were not
-    trained on. Raises UserError if there are no training or no held-out images.
+    trained on. Raises UserError if there are no training or no held-out images, or if these are all training images.
     """
     if len(train) == 0 or len(held_out) == 0:
         raise UserError(
@@ -255,6 +259,8 @@ def memorization_measures(
     few = f"; fewer than {1 / COPY_QUANTILE - 1:.0f} held-out images, so coarse" * (
         threshold.honest_rate > COPY_QUANTILE
     )
+    are_training_images = "image is a training image" if threshold.num_leaked == 1 else "images are training images"
+    leaked = f"; {threshold.num_leaked} held-out {are_training_images} and left out" * (threshold.num_leaked > 0)
 
     low, high = _exact_interval(bias.is_nearer_to_training)
     n, num_train, num_held_out = len(generated), len(train), len(held_out)
@@ -268,7 +274,7 @@ def memorization_measures(
             num_real=num_train,
             about=f"share of images within {threshold.distance:.3g} of a training image, where "
             f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out "
-            f"ones{few}); exact interval",
+            f"ones{few}{leaked}); exact interval",
         ),
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),

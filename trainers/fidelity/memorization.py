@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.errors import UserError
 from trainers.fidelity.kernel import unit_norm
 from trainers.fidelity.manifold import blocks, squared_distances
 from trainers.fidelity.statistics import Features, Float64
 
 COPY_QUANTILE = 0.01
+SAME_IMAGE = 1e-3
+"""At or below this distance two features are of one image, but for rounding: extractors work in float32."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class CopyThreshold:
     honest_rate: float
     """Share of new real images that would be flagged all the same."""
     num_held_out: int
+    """Those it was calibrated on."""
+    num_leaked: int
+    """Held-out images that are training images: they say nothing about honest ones, and were left out."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,21 @@ def copy_threshold(held_out_distances: Float64, quantile: float = COPY_QUANTILE)
     distribution (as in conformal prediction: Vovk et al. 2005). r is the largest that keeps this within `quantile`;
     with fewer than 1 / quantile - 1 held-out images there is none, the smallest distance is taken, and the chance,
     1 / (H + 1), is larger than asked: `honest_rate` says it.
+
+    Held-out images that are training images too are left out: a threshold of 0 would hide every copy. Raises UserError
+    if no other is left.
     """
-    count = len(held_out_distances)
-    if count == 0:
+    if len(held_out_distances) == 0:
         raise ValueError("a copy threshold needs held-out images")
+    distances = np.sort(held_out_distances[held_out_distances > SAME_IMAGE])
+    count, num_leaked = len(distances), int((held_out_distances <= SAME_IMAGE).sum())
+    if count == 0:
+        raise UserError(
+            f"all {num_leaked} held-out images are training images: the splits leak, so copies cannot be judged; "
+            "write the shards again, with equal images in one split"
+        )
     rank = max(1, int(quantile * (count + 1)))
-    return CopyThreshold(float(np.sort(held_out_distances)[rank - 1]), rank / (count + 1), count)
+    return CopyThreshold(float(distances[rank - 1]), rank / (count + 1), count, num_leaked)
 
 
 def training_bias(

@@ -1,5 +1,7 @@
 """FID against SciPy's matrix square root, torchmetrics and closed forms on Gaussians."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -83,6 +85,25 @@ def test_merged_statistics_give_the_distance_of_the_whole() -> None:
     parts = [GaussianStatistics.from_batches(np.array_split(features, 7)) for features in (x, y)]
     whole = [GaussianStatistics.of(features) for features in (x, y)]
     assert frechet_distance(*parts) == pytest.approx(frechet_distance(*whole), rel=1e-9)
+
+
+def test_many_images_stream_into_the_distance_of_the_whole() -> None:
+    """They are never all in float64."""
+    x, y = (draw(seed, 30_500, 16, shift=50).astype(np.float32) for seed in (13, 14))
+    whole = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    tracemalloc.start()
+    found = fid(x, y)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == pytest.approx(whole, rel=1e-9)
+    assert peak < x.nbytes / 4
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (16, 15), (15, 16), (1500, 15)])
+def test_streamed_or_not_it_is_the_same(n: int, m: int) -> None:
+    """Streamed with as many images as dimensions, by the images themselves with fewer."""
+    x, y = draw(15, n, 16), draw(16, m, 16, shift=1)
+    assert fid(x, y) == pytest.approx(fid_on_rows(x, y)(np.arange(n), np.arange(m)), rel=1e-9)
 
 
 @pytest.mark.parametrize("dim", [4, 100])

@@ -97,13 +97,14 @@ def test_caption_alignment_counts_the_images_it_could_judge() -> None:
 
 def test_diversity_says_how_many_scales_and_prompts() -> None:
     images = pixels(frames(5, 44))
-    measure = diversity_measures(images, ["a", "a", "b", "b", "c"], seed=0)["ms_ssim"]
+    measure = diversity_measures(images.__getitem__, ["a", "a", "b", "b", "c"], seed=0)["ms_ssim"]
     assert (measure.num_generated, measure.extractor) == (4, None)
-    assert "3 of 5 scales, mean over 2 prompts" in measure.about
+    assert "3 of 5 scales, mean over 2 prompts, at most 20 pairs of each" in measure.about
+    assert diversity_measures(images.__getitem__, ["a", "a", "", "", ""], seed=0)["ms_ssim"].num_generated == 2
     assert measure.interval is not None
     assert measure.interval[0] <= measure.value <= measure.interval[1]
-    assert diversity_measures(images, ["a", "b", "c", "d", "e"], seed=0) == {}
-    assert diversity_measures(images, ["a", "a", "b", "c", "d"], seed=0)["ms_ssim"].interval is None
+    assert diversity_measures(images.__getitem__, ["a", "b", "c", "d", "e"], seed=0) == {}
+    assert diversity_measures(images.__getitem__, ["a", "a", "b", "c", "d"], seed=0)["ms_ssim"].interval is None
 
 
 def test_classes_are_captions_with_enough_images_of_both_kinds() -> None:
@@ -142,9 +143,19 @@ def test_a_model_that_copies_is_caught_with_the_images_it_copied() -> None:
 def test_no_copies_is_not_a_promise_that_there_never_is_one() -> None:
     rng = np.random.default_rng(0)
     far, near = rng.standard_normal((30, 50)), rng.standard_normal((40, 50))
-    measures, _ = memorization_measures("x", far, near[:30], near[:30] * 1.001, [""] * 30, seed=0)
+    measures, _ = memorization_measures("x", far, near[:30], near[:30] + 0.01 * near[10:], [""] * 30, seed=0)
     assert measures["copy_rate_x"].value == 0
     assert measures["copy_rate_x"].interval == pytest.approx((0, 1 - 0.025 ** (1 / 30)))
+
+
+def test_training_images_among_the_held_out_ones_are_told_of() -> None:
+    train, held_out = np.split(np.random.default_rng(0).standard_normal((60, 50)), 2)
+    held_out[:2] = train[5:7]
+    measures, neighbours = memorization_measures("x", train[:12], train, held_out, [""] * 30, seed=0)
+    assert measures["copy_rate_x"].value == 1
+    assert "(by 28 held-out ones; " in measures["copy_rate_x"].about
+    assert "; 2 held-out images are training images and left out)" in measures["copy_rate_x"].about
+    assert all(neighbour.is_suspicious for neighbour in neighbours)
 
 
 def test_memorization_needs_held_out_images() -> None:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.spatial.distance import cdist
 
+from cluster.errors import UserError
 from tests.trainers.fidelity.real_images import frames, pixel_features
 from trainers.fidelity.memorization import copy_threshold, nearest, training_bias
 
@@ -48,6 +49,24 @@ def test_threshold_is_the_rank_that_keeps_the_rate(count: int, rank: int, rate: 
     threshold = copy_threshold(distances)
     assert threshold.distance == rank
     assert threshold.honest_rate == pytest.approx(rate)
+
+
+def test_a_training_image_among_the_held_out_ones_hides_no_copy() -> None:
+    """With so few the smallest distance is the threshold: that image's would be 0."""
+    train, held_out = pixel_features(TRAIN), pixel_features(HELD_OUT)
+    threshold = copy_threshold(nearest(held_out, train).distance)
+    rounded = train[3:4] * np.float32(1.1)
+    leaky = copy_threshold(nearest(np.concatenate([held_out, train[:1], rounded]), train).distance)
+    assert (leaky.distance, leaky.honest_rate) == (threshold.distance, threshold.honest_rate)
+    assert (threshold.num_leaked, leaky.num_leaked, leaky.num_held_out) == (0, 2, 80)
+    copied = pixel_features(tuple(recompressed(image) for image in TRAIN[5:25]))
+    assert (nearest(copied, train).distance <= leaky.distance).mean() >= 0.9
+
+
+def test_held_out_images_that_are_all_training_images_judge_nothing() -> None:
+    train = pixel_features(TRAIN)
+    with pytest.raises(UserError, match="all 7 held-out images are training images: the splits leak"):
+        copy_threshold(nearest(train[:7], train).distance)
 
 
 def test_honest_images_are_flagged_as_often_as_promised() -> None:
