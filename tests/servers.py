@@ -84,5 +84,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
             f"{folder}/artifacts",
         ),
     ]
-    with server(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
+    # Its job runners are eight more processes, for what no test asks of it.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with server(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log", environment):
         yield f"http://127.0.0.1:{port}"

@@ -207,7 +207,7 @@ def _check_resolution(candidate: _Judged, champion: int, theirs: int | None) -> 
 
 def _check_same_ground(candidate: _Judged, champion: _Judged) -> None:
     ours, theirs = candidate.evaluation, champion.evaluation
-    _check_resolution(candidate, champion.version, theirs.generation and theirs.generation.resolution)
+    _check_resolution(candidate, champion.version, theirs.generation.resolution if theirs.generation else None)
     for what, one, other in (
         (
             "real images",
