@@ -1,7 +1,6 @@
 """The sweep's specification, a YAML file, and what becomes of it: trials."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -10,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster import storage
 from cluster.errors import UserError, nearest
-from trainers.recipe import Block, Recipe, load_recipe
+from trainers.recipe import Block, explain
 
 State = Literal["running", "finished", "stopped", "failed"]
 """stopped: ended early because others were better; failed: diverged, or not to be trained at all."""
@@ -146,3 +145,22 @@ class SweepSpec(Block):
         if self.search != "grid" and not any(self.budget.model_dump().values()):
             raise ValueError("budget: give trials, gpu_hours or wall_hours")
         return self
+
+
+def load_spec(uri: str) -> SweepSpec:
+    """Read a specification from a file or s3:// URI. Raises UserError that names the key at fault and the nearest."""
+    try:
+        document = yaml.safe_load(storage.read_bytes(uri))
+    except yaml.YAMLError as error:
+        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{uri} holds no sweep: expected keys such as 'recipe' and 'space' at its top level")
+    try:
+        return SweepSpec.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{uri}: " + "; ".join(explain(error, SweepSpec))) from None
+
+
+def dump_spec(spec: SweepSpec) -> str:
+    """YAML that `load_spec` reads back to an equal specification."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
