@@ -4,6 +4,7 @@ The only module of this folder that imports Ray. Tune starts, restarts and stops
 what came of it, is the business of sweeps/space.py and sweeps/journal.py, which a killed sweep finds again.
 """
 
+import logging
 import math
 import os
 import signal
@@ -261,6 +262,9 @@ class _Conductor(tune.Callback):
         if self.trials[number].state == "running":
             self._end(number, "stopped", "others were better at its step")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.watch.say(f"Trial {trial.config['number']} was lost; it is started again, from its latest checkpoint.")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         reason = str(trial.get_error() or "its process was lost").strip().splitlines()[-1]
         self._end(trial.config["number"], "failed", reason)
@@ -355,6 +359,8 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
         ),
     )
     # Tune ends its trials on Ctrl-C; being ended is being interrupted.
+    # What it logs of a lost trial is for those who develop Tune; on_trial_recover and on_trial_error say it in a line.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         tuner.fit()
@@ -422,8 +428,9 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
     stage, steps = space.objective_stage(setting.spec, recipe), space.objective_steps(setting.spec, recipe)
     told = 0
 
-    def tell(state: str, *, reason: str = "", **values: float) -> None:
+    def tell(state: State, point: tuple[int, float] | None = None, *, reason: str = "") -> None:
         known = run.mlflow_run()
+        values = {} if point is None else {STEP: point[0], VALUE: point[1]}
         tune.report({"state": state, "reason": reason, "run_id": known and known["run_id"], **values})
 
     def tell_new(before: float) -> None:
@@ -436,7 +443,7 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
                 raise _Diverged(f"{metric} is {value} at step {step}")
             if told < step < before:
                 told = step
-                tell("running", **{STEP: step, VALUE: value})
+                tell("running", (step, value))
 
     def on_progress(progress: Progress) -> None:
         try:
@@ -467,7 +474,7 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
         tell("failed", reason=str(error))
     else:
         if history and math.isfinite(history[max(history)]):
-            tell("finished", **{STEP: max(history), VALUE: history[max(history)]})
+            tell("finished", (max(history), history[max(history)]))
         else:
             tell("failed", reason=f"{metric} was not measured, or is not a number: see the run's tags")
 

@@ -116,9 +116,7 @@ def train_recipe(
             raise
         finally:
             tracker.finish(status)
-    return TrainedRun(
-        run, tuple(stages or family.STAGES), tracker, tracker.last_metrics(), model_uri, tracker.failures()
-    )
+    return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
 def emulated_precision(recipe: Recipe) -> str | None:

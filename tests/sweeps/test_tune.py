@@ -50,8 +50,8 @@ class Watcher:
 def kill_trial(driver: int) -> None:
     """kill -9 on the process of the only running trial of a sweep."""
     names = {child: _name(child) for child in psutil.Process(driver).children(recursive=True)}
-    victims = [child for child, name in names.items() if name.startswith("ray::_run_trial")]
-    assert len(victims) == 1, names
+    victims = [child for child, name in names.items() if name.startswith("ray::ImplicitFunc")]  # Tune's name for it
+    assert len(victims) == 1, [name for name in names.values() if name.startswith("ray::")]
     victims[0].kill()
 
 
