@@ -53,7 +53,7 @@ from trainers.fidelity.measures import (
 )
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
-from trainers.generate import default_device, drawing_of, is_model
+from trainers.generate import Drawing, default_device, drawing_of, is_model
 from trainers.model_source import open_model
 from trainers.recipe import Recipe
 
@@ -97,6 +97,8 @@ class Subject:
     """All that it is drawn with."""
     found: Found | None
     """The images, where no model draws them."""
+    drawing: Drawing | None
+    """How it may be drawn, where a model draws."""
 
 
 def evaluate(
@@ -118,18 +120,19 @@ def evaluate(
     Raises UserError for what the user can mend: before anything is drawn, where possible.
     """
     manifest = Manifest.load(request.shards)
-    splits = _splits(request, manifest)
+    splits = splits_of(request, manifest)
     device = device or default_device()
-    subject = _inspect(model_uri, request)
+    subject = inspect_subject(model_uri, request)
     extractors = [kept_extractor(uri, device) for uri in request.extractors]
     asked = asdict(request) | {"splits": splits, "shards": manifest.digest}
+    asked |= {"settings": dict(subject.settings)}  # a registered version's own may have changed since
     begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
     if storage.exists(storage.join(out, EVALUATION)):
         return Evaluation.load(out)
 
     held_out: dict[str, ReferenceFeatures] = {}
     train: ReferenceFeatures | None = None
-    with _workers(num_workers, device) as work:
+    with workers_of(num_workers, device) as work:
 
         def look_at(splits: Sequence[str], extractor: Extractor) -> ReferenceFeatures:
             worker = ReferenceWorker(extractor.record.uri, device, request.shards, subject.resolution)
@@ -147,9 +150,9 @@ def evaluate(
         if TRAIN in manifest.splits and TRAIN not in splits:
             train = look_at([TRAIN], extractors[0])
         reference = held_out[extractors[0].label]
-        samples = _samples(subject, request, reference)
+        samples = samples_of(subject, request, reference)
         source = subject.found or Drawn(
-            model_uri, tuple(sample.prompt for sample in samples), request.seed, request.settings, device
+            model_uri, tuple(sample.prompt for sample in samples), request.seed, subject.settings, device
         )
         shares = shares_of(len(samples), request.batch_size)
         deque(work("Drawing", ShareWorker(source, request.extractors, device, out), shares, on_progress), maxlen=0)
@@ -159,7 +162,7 @@ def evaluate(
     prompts = [sample.prompt for sample in samples]
     for number, extractor in enumerate(extractors):
         on_progress("Measuring", number, len(extractors))
-        measures |= _measures(extractor, seen[extractor.label], held_out[extractor.label], prompts, request.seed)
+        measures |= feature_measures(extractor, seen[extractor.label], held_out[extractor.label], prompts, request.seed)
     measures |= diversity_measures(_pixels(out, len(samples)), prompts, seed=request.seed)
     first = seen[extractors[0].label]
     neighbours: tuple[Neighbour, ...] = ()
@@ -265,7 +268,7 @@ def features_uri(out: str, label: str) -> str:
 
 
 @contextmanager
-def _workers(num_workers: int, device: str) -> Iterator[Callable[..., Iterator[Any]]]:
+def workers_of(num_workers: int, device: str) -> Iterator[Callable[..., Iterator[Any]]]:
     """A function (what, make_worker, shares, on_progress) -> results in order, run here or by Ray actors."""
 
     def here(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
@@ -290,7 +293,7 @@ def _workers(num_workers: int, device: str) -> Iterator[Callable[..., Iterator[A
             yield by_actors
 
 
-def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
+def splits_of(request: Request, manifest: Manifest) -> tuple[str, ...]:
     splits = request.splits or tuple(split for split in manifest.splits if split != TRAIN)
     if not splits:
         raise UserError(f"{request.shards} has only a train split: name it with --split, or write shards with others")
@@ -299,14 +302,14 @@ def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
     return splits
 
 
-def _inspect(model_uri: str, request: Request) -> Subject:
+def inspect_subject(model_uri: str, request: Request) -> Subject:
     """Look at what is judged. Raises UserError if it is neither a model nor a folder of images."""
     with open_model(model_uri) as source:
         if not is_model(source.folder):
             found = Found.in_folder(model_uri, request.num_samples)
             record = ModelRecord(uri=model_uri, name=source.name, digest=found.digest)
-            return Subject(record, found.resolution, {}, found)
-        drawing = drawing_of(source.folder, name=model_uri)
+            return Subject(record, found.resolution, {}, found, None)
+        drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
         record = ModelRecord(
             uri=model_uri,
             name=source.name,
@@ -315,10 +318,10 @@ def _inspect(model_uri: str, request: Request) -> Subject:
             num_parameters=num_parameters(source.folder),
             run_id=source.run_id,
         )
-        return Subject(record, drawing.resolution, drawing.arguments(request.settings), None)
+        return Subject(record, drawing.resolution, drawing.arguments(request.settings), None, drawing)
 
 
-def _samples(subject: Subject, request: Request, reference: ReferenceFeatures) -> list[SampleRecord]:
+def samples_of(subject: Subject, request: Request, reference: ReferenceFeatures) -> list[SampleRecord]:
     """The prompts, each a caption of a real image; the first ones are the same however many there are."""
     if subject.found:
         return [SampleRecord(prompt=prompt) for prompt in subject.found.prompts]
@@ -334,7 +337,7 @@ def _samples(subject: Subject, request: Request, reference: ReferenceFeatures) -
     return samples
 
 
-def _measures(
+def feature_measures(
     extractor: Extractor,
     generated: NDArray[np.float32],
     real: ReferenceFeatures,

@@ -44,6 +44,10 @@ def evaluate(
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")] = None,
     true_cfg_scale: Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")] = 1,
@@ -72,6 +76,7 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "true_cfg_scale": true_cfg_scale,
         "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
     }
     request = Request(
         shards=data,
