@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -57,7 +56,7 @@ def write_sweep_report(trials: Sequence[Trial], spec: SweepSpec, out: Path) -> l
         written.append(out / f"{name}.png")
         figure.savefig(written[-1], dpi=120, metadata={"Software": "medsynth"})
     written.append(out / PAGE)
-    written[-1].write_text(_page(study, spec, has_importances=bool(importances)))
+    written[-1].write_text(_page(study, judged, spec, has_importances=bool(importances)))
     return written
 
 
@@ -121,10 +120,8 @@ def _history(judged: Sequence[Trial], trials: Sequence[Trial], spec: SweepSpec) 
         drawstyle="steps-post",
         label="best so far",
     )
-    for trial in trials:
-        if trial.state == "failed":
-            axes.axvline(trial.number, color="black", linestyle=":", linewidth=1)
-    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="failed")
+    for number, trial in enumerate(trial for trial in trials if trial.state == "failed"):
+        axes.axvline(trial.number, color="black", linestyle=":", linewidth=1, label=None if number else "failed")
     _value_axis(axes, judged, spec)
     axes.set_xlabel("trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -159,14 +156,14 @@ def _slices(judged: Sequence[Trial], spec: SweepSpec) -> Figure:
 
 
 def _parallel_coordinates(judged: Sequence[Trial], spec: SweepSpec) -> Figure:
-    """A line a trial over all keys and the objective, from poor (grey) to good; the best one is red."""
+    """A line a trial over all keys and the objective, from poor (pale) to good; the best one is red."""
     ordered = sorted(judged, key=_value, reverse=spec.objective.mode == "min")  # the best is drawn last
     values = [_value(trial) for trial in judged]
     scales = [_Scale.of(key, judged, spec) for key in spec.space] + [_Scale.of_numbers(values, _is_spread(values))]
     names = [*spec.space, _objective(spec)]
     figure = Figure(figsize=(max(2.4 * len(names), 7), 5), layout="constrained")
     axes = figure.add_subplot()
-    ranks = ScalarMappable(Normalize(-len(ordered) / 4, len(ordered)), "Blues")
+    blues = colormaps["Blues"]
     best = max((trial for trial in ordered if trial.state == "finished"), key=ordered.index, default=ordered[-1])
     for rank, trial in enumerate([*(trial for trial in ordered if trial is not best), best], start=1):
         places = [scale.place(trial.params.get(key)) for key, scale in zip(spec.space, scales, strict=False)]
@@ -174,7 +171,7 @@ def _parallel_coordinates(judged: Sequence[Trial], spec: SweepSpec) -> Figure:
         axes.plot(
             range(len(names)),
             [*places, scales[-1].place(trial.value)],
-            color=BEST if is_best else ranks.get_cmap()(ranks.norm(rank)),
+            color=BEST if is_best else blues(0.25 + 0.75 * rank / len(ordered)),
             linewidth=2.2 if is_best else 1.1,
             linestyle="--" if trial.state == "stopped" else "-",
             zorder=rank,
@@ -185,7 +182,7 @@ def _parallel_coordinates(judged: Sequence[Trial], spec: SweepSpec) -> Figure:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
             axes.text(position + 0.03, tick, label, size=8, va="center", bbox=box, zorder=len(ordered) + 3)
     axes.set_xlim(-0.15, len(names) - 0.55)
-    axes.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names], size=8)
+    axes.set_xticks(range(len(names)), [name.replace(".", ".\n").replace("/", "/\n") for name in names], size=8)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_title(f"{_title(spec, judged)}; red: the best, trial {best.number}; dashed: stopped", size=10, loc="left")
@@ -212,6 +209,7 @@ def _pareto(judged: Sequence[Trial], spec: SweepSpec) -> Figure:
         )
     _value_axis(axes, judged, spec)
     axes.set_xlabel("optimization steps")
+    axes.margins(x=0.09)  # room for the names
     axes.set_title(_title(spec, judged), size=10, loc="left")
     axes.legend(fontsize=8)
     return figure
@@ -232,7 +230,7 @@ def _importances(importances: dict[str, float], spec: SweepSpec) -> Figure:
 # --- the page ---
 
 
-def _page(study: optuna.Study, spec: SweepSpec, *, has_importances: bool) -> str:
+def _page(study: optuna.Study, judged: Sequence[Trial], spec: SweepSpec, *, has_importances: bool) -> str:
     """Optuna's interactive figures, one below the other."""
     target = spec.objective.metric
     plots = optuna.visualization
@@ -240,6 +238,7 @@ def _page(study: optuna.Study, spec: SweepSpec, *, has_importances: bool) -> str
         "Optimisation history": plots.plot_optimization_history(study, target_name=target),
         "Parallel coordinates": plots.plot_parallel_coordinate(study, target_name=target),
         "Slices": plots.plot_slice(study, target_name=target),
+        "Pareto front": plots.plot_pareto_front(_with_costs(judged, spec), target_names=["steps", target]),
         "Learning curves": plots.plot_intermediate_values(study),
     }
     if has_importances:
@@ -272,11 +271,20 @@ def _page(study: optuna.Study, spec: SweepSpec, *, has_importances: bool) -> str
 <body>
 <h1>Sweep {escape(spec.name)}</h1>
 <p>{len(study.trials)} trials; objective: {escape(_objective(spec))}. Only finished trials are in the figures, but for
-the learning curves.</p>
+the Pareto front and the learning curves, where stopped ones are too.</p>
 {"".join(sections)}
 </body>
 </html>
 """
+
+
+def _with_costs(judged: Sequence[Trial], spec: SweepSpec) -> optuna.Study:
+    """A study of two objectives, the steps being the other one; stopped trials are in it too."""
+    study = optuna.create_study(directions=["minimize", "minimize" if spec.objective.mode == "min" else "maximize"])
+    for trial in judged:
+        values = [float(trial.steps), _value(trial)]
+        study.add_trial(optuna.create_trial(values=values, user_attrs={"trial": trial.number} | trial.params))
+    return study
 
 
 # --- what pictures have in common ---

@@ -69,7 +69,7 @@ def test_every_picture_is_there(tmp_path: Path) -> None:
     page = written[-1].read_text()
     assert "<h1>Sweep sweep-of-rates</h1>" in page
     assert "loss &lt;i&gt; (less is better)" in page
-    assert page.count('class="plotly-graph-div"') == 5
+    assert page.count('class="plotly-graph-div"') == 6
     assert "default-src 'none'" in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=", page)
     assert page.count("plotly.js v") == 1
