@@ -10,8 +10,7 @@ from cluster import storage
 from cluster.progress import progress_lines
 from sweeps.guidance_document import GuidanceSweep
 from sweeps.guidance_spec import GuidanceSpec
-from trainers.fidelity.evaluation import Measure
-from trainers.fidelity.figures import label_of
+from trainers.fidelity.figures import metric_of
 
 
 def run_guidance_sweep(
@@ -54,31 +53,29 @@ def run_guidance_sweep(
 
 
 def table_of(sweep: GuidanceSweep) -> Table:
-    """All settings in the order of the grid; those of the front are marked, the recommended one stands out."""
+    """All settings in the order of the grid; those of the front are marked, the recommended one has a star.
+
+    Intervals are in the document and in the picture.
+    """
     table = Table(
         title=f"{sweep.model.name}: {len(sweep.samples)} images each beside {sweep.reference.num_images} real ones",
         title_justify="left",
     )
-    first = sweep.settings[0].measures
+    measures = sweep.settings[0].measures
     for column in sweep.best.setting:
-        table.add_column(column.replace("num_inference_", "").replace("_", " "), justify="right")
+        table.add_column(column.replace("num_inference_", "").replace("_scale", "").replace("_", " "), justify="right")
     for name in (sweep.fidelity, sweep.alignment):
-        table.add_column(
-            f"{label_of(name, first[name])} {'↓' if first[name].better == 'lower' else '↑'}", justify="right"
-        )
-    table.add_column("s an image", justify="right")
+        arrow = "↓" if measures[name].better == "lower" else "↑"
+        table.add_column(f"{metric_of(name, measures[name]).label} {arrow}", justify="right")
+    table.add_column("s/image", justify="right")
     table.add_column("front", justify="center")
     for result in sweep.settings:
         is_best = result.name == sweep.recommended
         table.add_row(
             *(str(value) for value in result.setting.values()),
-            *(_written(result.measures[name]) for name in (sweep.fidelity, sweep.alignment)),
+            *(f"{result.measures[name].value:.4g}" for name in (sweep.fidelity, sweep.alignment)),
             f"{result.seconds_per_image:.2f}",
             "★" if is_best else "•" if result.name in sweep.front else "",
             style="bold" if is_best else None,
         )
     return table
-
-
-def _written(measure: Measure) -> str:
-    return f"{measure.value:.4g}" + (" ({:.3g} to {:.3g})".format(*measure.interval) if measure.interval else "")

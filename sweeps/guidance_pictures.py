@@ -63,9 +63,11 @@ def draw_front(sweep: GuidanceSweep) -> Figure:
             axes.annotate(
                 _short(sweep.result(name).setting),
                 (x.value, y.value),
-                xytext=(8, 7),
+                xytext=(9, -12),
                 textcoords="offset points",
                 size=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                zorder=5,
             )
     x, y = place(sweep.best)
     axes.scatter(x.value, y.value, s=330, facecolors="none", edgecolors=RECOMMENDED, linewidths=2, zorder=4)
@@ -81,7 +83,7 @@ def draw_front(sweep: GuidanceSweep) -> Figure:
     axes.set_xlabel(f"{label_of(sweep.alignment, x)}   {ARROWS[x.better]}")
     axes.set_ylabel(f"{label_of(sweep.fidelity, y)}   {ARROWS[y.better]}")
     axes.set_title(
-        f"{sweep.model.name}: {len(sweep.settings)} settings, {len(sweep.samples)} images each beside "
+        f"{_end(sweep.model.name)}: {len(sweep.settings)} settings, {len(sweep.samples)} images each beside "
         f"{sweep.reference.num_images} real ones",
         size=10,
         loc="left",
@@ -156,6 +158,11 @@ def _short(setting: dict[str, Any]) -> str:
     """3.5 · 30 steps · ddim"""
     cfg = f" · CFG {setting['true_cfg_scale']:g}" if "true_cfg_scale" in setting else ""
     return f"{setting['guidance_scale']:g}{cfg} · {setting['num_inference_steps']} steps · {setting['sampler']}"
+
+
+def _end(name: str, most: int = 40) -> str:
+    """Where a name is long, as that of a folder, its end."""
+    return name if len(name) <= most else f"…{name[-most:]}"
 
 
 def _beside(measure: Measure) -> list[list[float]] | None:

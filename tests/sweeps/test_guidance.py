@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from rich.console import Console
 
 import sweeps.guidance
 from cluster import storage
@@ -29,8 +31,9 @@ from sweeps.guidance import (
     settings_of,
     sweep_guidance,
 )
+from sweeps.guidance_cli import run_guidance_sweep
 from sweeps.guidance_document import GuidanceSweep
-from sweeps.guidance_spec import load_guidance_spec
+from sweeps.guidance_spec import GuidanceSpec, load_guidance_spec
 from trainers.evaluate import Request, evaluate
 from trainers.fidelity.samples import read_sample
 from trainers.generate import Drawing, Model, drawing_of, generate, load_model
@@ -267,10 +270,28 @@ def test_it_is_a_run_and_becomes_the_version_s_default(
         about(uri, "wrong")
 
 
-def test_a_sweep_may_leave_the_default_alone(sweep: Sweep, model: str, tracking_uri: str) -> None:
+def test_of_a_folder_a_specification_is_run_and_told(
+    model: str, real_shards: str, extractor: str, tracking_uri: str
+) -> None:
     """A folder has no tags: nothing is registered, and the run stands alone."""
-    tracker = record_guidance_sweep(sweep(model, guidance_scales=[2]), "sweep")
-    assert tracker.experiment() == "evaluations"
+    spec = GuidanceSpec(
+        model=model,
+        data=real_shards,
+        guidance_scales=(1, 2),
+        num_inference_steps=(1,),
+        num_samples=NUM_SAMPLES,
+        extractors=(extractor,),
+    )
+    told = StringIO()
+    found = run_guidance_sweep(spec, Console(file=told, width=100), out="sweep", device="cpu")
+    assert found == GuidanceSweep.load("sweep")
+    text = told.getvalue()
+    assert "Drawing: 4/4" in text
+    assert text.count("★") == 1
+    assert f"Recommended: guidance_scale {found.best.setting['guidance_scale']}" in text
+    (run,) = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("evaluations").experiment_id])
+    assert run.data.tags[KIND] == "guidance-sweep"
+    assert PARENT not in run.data.tags
     assert not MlflowClient().search_registered_models()
 
 
