@@ -6,10 +6,11 @@ Kept in medsynth/digests/HASH-OF-PATH.json below $XDG_CACHE_HOME, or ~/.cache: a
 import hashlib
 import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from cluster import storage
 
 KEPT_FROM_BYTES = 2**20  # smaller files are read as fast as a note on them
 SETTLED_SECONDS = 2.0  # clocks of file systems tick this slowly: a file younger than that may change without showing it
@@ -33,8 +34,9 @@ def file_digest(path: Path) -> str:
     digest = _read(path)
     is_settled = max(before["mtime_ns"], before["ctime_ns"]) < (started - SETTLED_SECONDS) * 1e9
     if is_settled and _identity(path) == before:
-        with suppress(OSError):
-            _write(note, json.dumps({"path": str(path.absolute()), "identity": before, "sha256": digest}))
+        about = {"path": str(path.absolute()), "identity": before, "sha256": digest}
+        with suppress(storage.StorageError):
+            storage.write_bytes(str(note), json.dumps(about).encode())
     return digest
 
 
@@ -58,15 +60,3 @@ def _folder() -> Path:
     """Asked each time: XDG's rule is that an empty or relative value counts as none."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "medsynth" / "digests"
-
-
-def _write(note: Path, text: str) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, half = tempfile.mkstemp(dir=note.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        Path(half).replace(note)
-    except OSError:
-        Path(half).unlink(missing_ok=True)
-        raise

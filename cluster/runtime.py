@@ -6,7 +6,6 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +13,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from cluster.errors import UserError
+from cluster.nodes import Node
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,16 +28,6 @@ FORWARDED_VARIABLES = (
 )
 CONNECT_SECONDS = 10
 ACCELERATOR_TYPE = "accelerator_type:"
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of the cluster, as Ray knows it."""
-
-    num_gpus: int
-    accelerator_type: str | None  # of its GPUs, by Ray's name for it (H100, A100-80G, ...); None if Ray does not know
-    memory_bytes: int | None  # of the host, free when Ray started there; None if Ray does not know
-    is_here: bool  # the machine that this process runs on
 
 
 @contextmanager

@@ -53,6 +53,11 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else str(_path(uri).absolute())
 
 
+def absolute_if_there(name: str) -> str:
+    """A local file or folder that is there, by its absolute path; any other name, as a hub's or a package's, as is."""
+    return str(_path(name).absolute()) if name and not is_remote(name) and _path(name).exists() else name
+
+
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """`length` bytes from `start`, or all that follow. Raises StorageError if fewer are there."""
     if length == 0:

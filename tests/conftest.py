@@ -57,6 +57,15 @@ def tracking_uri(empty_mlflow_database: Path, tmp_path: Path, monkeypatch: pytes
     return uri
 
 
+def named_store(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store that the environment names: a fresh "sqlite" one, or the session's "server"."""
+    if kind == "sqlite":
+        return str(request.getfixturevalue("tracking_uri"))
+    uri: str = request.getfixturevalue("mlflow_server")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with servers.s3_server(tmp_path_factory.mktemp("s3")) as endpoint:

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 CHECKPOINT = re.compile(r"step-(\d+)-of-(\d+)")
 
 
+def checkpoint_folder(step: int, num_ranks: int) -> str:
+    """The name of a checkpoint's folder: ranks of another number must never find their files beside half of these."""
+    return f"step-{step:06d}-of-{num_ranks}"
+
+
 def complete_checkpoints(names: Iterable[str]) -> list[str]:
     """Folders of checkpoints of which no rank's file is missing, among the files of a stage's folder.
 

@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from cluster import runtime, storage
+from cluster import storage
 from cluster.errors import UserError
 from cluster.evaluations import EVALUATION as EVALUATION_KIND
 from cluster.evaluations import FOLDER, KIND, PARENT
@@ -34,6 +34,8 @@ from trainers.fidelity.alignment import caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
     EVALUATION,
+    REPORT,
+    SCORES,
     Evaluation,
     Generation,
     Measure,
@@ -41,6 +43,7 @@ from trainers.fidelity.evaluation import (
     Neighbour,
     Reference,
     SampleRecord,
+    features_uri,
 )
 from trainers.fidelity.extractors import (
     ClassifyingExtractor,
@@ -74,7 +77,6 @@ MakeWorker = Callable[[], Callable[[Any], Any]]
 OnProgress = Callable[[str, int, int], None]
 """(what, done, total)"""
 TRAIN = "train"
-SCORES = "scores.safetensors"
 EXPERIMENT = "evaluations"  # of models that no run is known to have trained
 ROWS_IN_REPORT, IMAGES_IN_ROW = 8, 4
 
@@ -279,7 +281,7 @@ def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
         drawn = evaluation.generation.model_dump() if evaluation.generation else {}
         tracker.log_params({"model": evaluation.model.uri, **drawn})
         tracker.log_metrics({name: measure.value for name, measure in evaluation.measures.items()}, step=0)
-        for name in (EVALUATION, "report.html"):
+        for name in (EVALUATION, REPORT):
             tracker.log_text(storage.read_bytes(storage.join(out, name)).decode(), f"{FOLDER}/{name}")
         tracker.finish("FINISHED")
         storage.write_bytes(marker, json.dumps({"run_id": tracker.run_id}).encode())
@@ -288,11 +290,6 @@ def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
             tracker.finish("FAILED")
         raise
     return tracker
-
-
-def features_uri(out: str, label: str) -> str:
-    """Where an evaluation keeps what an extractor saw in the generated images."""
-    return storage.join(out, "features", f"{label}.safetensors")
 
 
 @contextmanager
@@ -306,6 +303,12 @@ def _workers(num_workers: int, device: str | None) -> Iterator[tuple[Callable[..
             yield worker(share)
             on_progress(what, done, len(shares))
 
+    if num_workers == 1:
+        yield here, device or default_device()
+        return
+
+    from cluster import runtime  # takes seconds to import, and one process needs none of it
+
     def by_actors(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
         return runtime.map_actors(
             make_worker,
@@ -315,9 +318,6 @@ def _workers(num_workers: int, device: str | None) -> Iterator[tuple[Callable[..
             on_done=partial(on_progress, what),
         )
 
-    if num_workers == 1:
-        yield here, device or default_device()
-        return
     with runtime.connect(min_cpus=num_workers):
         # An actor sees the one GPU that is its own, so its number means nothing there.
         on_gpus = device.startswith("cuda") if device else any(node.num_gpus for node in runtime.nodes())
@@ -424,12 +424,10 @@ def _alignment(
     if isinstance(extractor, PromptExtractor):
         distinct = list(dict.fromkeys(told))
         embedded = dict(zip(distinct, extractor.prompt_features(distinct).numpy(), strict=True))
-        of_prompts = np.stack([embedded[prompt] for prompt in told])
-        keep(clip_score_measures(label, images, of_prompts, seed=seed), clip_scores(images, of_prompts))
-    keep(
-        caption_alignment_measures(label, images, real.features, told, real.captions, seed=seed),
-        caption_alignment(images, real.features, told, real.captions),
-    )
+        of_rows = clip_scores(images, np.stack([embedded[prompt] for prompt in told]))
+        keep(clip_score_measures(label, of_rows, seed=seed), of_rows)
+    of_rows = caption_alignment(images, real.features, told, real.captions)
+    keep(caption_alignment_measures(label, of_rows, num_real=len(real.features), seed=seed), of_rows)
     return measures, scores
 
 
@@ -467,5 +465,5 @@ def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceF
         ],
         pairs=[CopyPair(drawn(pair.sample), real[pair.key], pair) for pair in pairs],
         feature_map=points,
-        out=storage.join(out, "report.html"),
+        out=storage.join(out, REPORT),
     )

@@ -10,7 +10,22 @@ from rich.table import Table
 
 from cluster import storage
 from cluster.progress import progress_lines
-from trainers.fidelity.evaluation import Evaluation, Measure
+from trainers.evaluation_options import (
+    BatchSize,
+    Cache,
+    Device,
+    Extractors,
+    GuidanceScale,
+    ImagesPerPrompt,
+    NumInferenceSteps,
+    NumSamples,
+    Seed,
+    Splits,
+    TrueCFGScale,
+    Workers,
+    request_of,
+)
+from trainers.fidelity.evaluation import REPORT, Evaluation, Measure
 
 console = Console(highlight=False)
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
@@ -25,60 +40,42 @@ def evaluate(
         ),
     ],
     data: Annotated[str, typer.Option(help="Shards of real images: a folder or s3:// prefix.")],
-    split: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Whose captions and images to compare with; may be given several times. Default: all but train."
-        ),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=16, help="Images to draw.")] = 256,
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")] = 2,
-    extractor: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What turns images into features, KIND or KIND:WEIGHTS; may be given several times, the first decides "
-            "on copies. Kinds: inception, clip, biomedclip, dinov2, rad-dino, radimagenet, transformers, random-vgg. "
-            "Default: random-vgg, which needs no weights."
-        ),
-    ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")] = None,
-    true_cfg_scale: Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    split: Splits = None,
+    num_samples: NumSamples = 256,
+    images_per_prompt: ImagesPerPrompt = 2,
+    extractor: Extractors = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCFGScale = None,
+    num_inference_steps: NumInferenceSteps = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    workers: Workers = 1,
+    device: Device = None,
     out: Annotated[
         str | None, typer.Option(help="Folder or s3:// prefix; one that was cut off goes on. Default: evaluations/…")
     ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation."),
-    ] = None,
+    cache: Cache = None,
     record: Annotated[bool, typer.Option(help="Record it in MLflow, below the run that trained the model.")] = True,
 ) -> None:
     """Judge a model beside real images: fidelity, alignment, diversity, copies; with a page to look at.
 
     medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 128 --guidance-scale 3.5
     """
-    from trainers.evaluate import Request, record_evaluation
     from trainers.evaluate import evaluate as judge
+    from trainers.evaluate import record_evaluation
 
     place = out or f"evaluations/{name_for(model)}-{datetime.now():%Y%m%d-%H%M%S}"
-    asked = {
-        "guidance_scale": guidance_scale,
-        "true_cfg_scale": true_cfg_scale,
-        "num_inference_steps": num_inference_steps,
-    }
-    request = Request(
-        shards=data,
-        splits=tuple(split) if split else None,
+    request = request_of(
+        data,
+        splits=split,
         num_samples=num_samples,
         images_per_prompt=images_per_prompt,
+        extractors=extractor,
         seed=seed,
-        extractors=tuple(extractor or ("random-vgg",)),
-        settings={name: value for name, value in asked.items() if value is not None},
         batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        num_inference_steps=num_inference_steps,
     )
     console.print(f"Evaluation in [bold]{place}[/]; cut off, it goes on with --out {place}", soft_wrap=True)
     with progress_lines(console) as on_progress:
@@ -92,7 +89,7 @@ def evaluate(
             on_progress=on_progress,
         )
     console.print(table_of(evaluation))
-    console.print(f"The page for people: {storage.join(place, 'report.html')}", soft_wrap=True)
+    console.print(f"The page for people: {storage.join(place, REPORT)}", soft_wrap=True)
     if record:
         tracker = record_evaluation(evaluation, place)
         console.print(f"MLflow: {tracker.ui_command()}", soft_wrap=True)

@@ -28,6 +28,7 @@ from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.tracking import Status, Tracker, default_tracking_uri, without_secrets
 from data_shards import Manifest
+from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
 from trainers.fidelity.extractors import label_of
@@ -276,8 +277,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
-            # Ranks of another number of them must never find their files beside half of these.
-            checkpoint_dir_name=f"step-{step:06d}-of-{context.get_world_size()}",
+            checkpoint_dir_name=checkpoint_folder(step, context.get_world_size()),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             validation=folder is not None
             and _is_measured(recipe, config["stage"], step)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import UserError
-from cluster.runtime import Node
+from cluster.nodes import Node
 from trainers.estimates import (
     ACHIEVED_SHARE,
     HOST_BYTES_PER_PROCESS,

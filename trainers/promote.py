@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.evaluations import KIND
 from cluster.promotion import (
     Gates,
     Interval,
@@ -32,16 +33,12 @@ from cluster.registry import RegisteredModel, Version, now, whoami
 from cluster.tracking import Tracker, explained, find_run
 from data_shards import Manifest
 from trainers.fidelity.bootstrap import paired_mean_difference
-from trainers.fidelity.evaluation import EVALUATION, Evaluation
+from trainers.fidelity.evaluation import EVALUATION, REPORT, SCORES, Evaluation, features_uri
 
 CHAMPION, PREVIOUS = "champion", "previous"
 EXPERIMENT = "promotions"
-KIND = {"medsynth.kind": "promotion"}
-REPORT = "report.html"
+PROMOTION = {KIND: "promotion"}
 MOVING = "accepted, moving"
-SCORES = "scores.safetensors"
-"""In an evaluation's folder: the scores of each image, float64 [N], by the name of the measure that is their mean; NaN
-where an image was not judged."""
 
 Features = NDArray[np.float32]
 Evaluate = Callable[[str, str], Evaluation]
@@ -153,7 +150,7 @@ def rollback(uri: str) -> tuple[int, int]:
         model.point(PREVIOUS, champion)
     document = {"action": "rollback", "name": model.name, "from": champion, "to": previous, "by": whoami(), "at": now()}
     model.tag(champion, {"promotion.rolled_back": f"{document['at']} by {document['by']}"})
-    tags = KIND | {"promotion.decision": "rollback", "promotion.model": model.name, "promotion.moved": "true"}
+    tags = PROMOTION | {"promotion.decision": "rollback", "promotion.model": model.name, "promotion.moved": "true"}
     audit = Tracker.start(experiment=EXPERIMENT, run_name=f"{model.name} back to {previous}", tags=tags)
     audit.log_text(json.dumps(document, indent=1), "decision.json")
     audit.finish("FINISHED")
@@ -253,7 +250,7 @@ def _difference(
 
 
 def _features(judged: _Judged, label: str) -> Features:
-    uri = storage.join(judged.folder, "features", f"{label}.safetensors")
+    uri = features_uri(judged.folder, label)
     try:
         features: Features = safetensors.numpy.load(storage.read_bytes(uri))["features"]
     except storage.NotFoundError:
@@ -302,7 +299,7 @@ def _record_and_act(
     audit = Tracker.start(
         experiment=EXPERIMENT,
         run_name=f"{model.name} {candidate.version}",
-        tags=KIND
+        tags=PROMOTION
         | {
             "promotion.model": model.name,
             "promotion.candidate": str(candidate.version),

@@ -11,6 +11,21 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
 from cluster.promotion import PromotionDecision
+from trainers.evaluation_options import (
+    BatchSize,
+    Cache,
+    Device,
+    Extractors,
+    GuidanceScale,
+    ImagesPerPrompt,
+    NumInferenceSteps,
+    NumSamples,
+    Seed,
+    Splits,
+    TrueCFGScale,
+    Workers,
+    request_of,
+)
 
 console = Console(highlight=False)
 REFUSED = 3
@@ -23,31 +38,21 @@ def promote(
         str | None, typer.Option(help="Shards that it was trained on, with held-out splits: a folder or s3:// prefix.")
     ] = None,
     gates: Annotated[str | None, typer.Option(help="YAML of what differs from recipes/gates/default.yaml.")] = None,
-    split: Annotated[
-        list[str] | None, typer.Option(help="Whose captions and images to compare with. Default: all but train.")
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=2, help="Images that candidate and champion each draw.")] = 256,
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 2,
-    extractor: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KIND or KIND:WEIGHTS, as of medsynth evaluate; may be given several times, the first decides on "
-            "copies. Default: random-vgg."
-        ),
-    ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Default: each model's own.")] = None,
-    true_cfg_scale: Annotated[float | None, typer.Option(min=1, help="FLUX. Default: each model's own.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Default: each model's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Both draw from the same seeds.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    split: Splits = None,
+    num_samples: NumSamples = 256,
+    images_per_prompt: ImagesPerPrompt = 2,
+    extractor: Extractors = None,
+    guidance_scale: GuidanceScale = None,
+    true_cfg_scale: TrueCFGScale = None,
+    num_inference_steps: NumInferenceSteps = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    workers: Workers = 1,
+    device: Device = None,
     out: Annotated[
         str | None, typer.Option(help="Folder or s3:// prefix of both evaluations. Default: promotions/…")
     ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside them.")
-    ] = None,
+    cache: Cache = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and say so, but change nothing.")] = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous champion champion again.")] = False,
     unlock: Annotated[bool, typer.Option("--unlock", help="Remove the lock of a promotion that died.")] = False,
@@ -68,32 +73,27 @@ def promote(
     if data is None:
         raise UserError("give --data SHARDS, the shards that the candidate was trained on")
 
-    from trainers.evaluate import Request, evaluate
+    from trainers.evaluate import evaluate
     from trainers.fidelity.bootstrap import paired_difference
     from trainers.fidelity.evaluation import Evaluation
     from trainers.fidelity.extractors import kept_extractor
     from trainers.fidelity.features import reference_features
-    from trainers.generate import default_device
     from trainers.promote import Features, load_gates
     from trainers.promote import promote as decide_and_act
 
     place = out or f"promotions/{datetime.now():%Y%m%d-%H%M%S}"
     features = cache or storage.join(place, "features")
-    chosen = device or default_device()
-    asked = {
-        "guidance_scale": guidance_scale,
-        "true_cfg_scale": true_cfg_scale,
-        "num_inference_steps": num_inference_steps,
-    }
-    request = Request(
-        shards=data,
-        splits=tuple(split) if split else None,
+    request = request_of(
+        data,
+        splits=split,
         num_samples=num_samples,
         images_per_prompt=images_per_prompt,
+        extractors=extractor,
         seed=seed,
-        extractors=tuple(extractor or ("random-vgg",)),
-        settings={name: value for name, value in asked.items() if value is not None},
         batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        num_inference_steps=num_inference_steps,
     )
 
     def real_features(evaluation: Evaluation, label: str) -> Features:
@@ -101,7 +101,7 @@ def promote(
         return reference_features(
             data,
             evaluation.reference.splits,
-            kept_extractor(evaluation.extractors[label].uri, chosen),
+            kept_extractor(evaluation.extractors[label].uri, "cpu"),  # only names them: they are in the cache
             resolution=evaluation.generation.resolution,
             cache=features,
         ).features
@@ -117,7 +117,7 @@ def promote(
                 folder,
                 cache=features,
                 num_workers=workers,
-                device=chosen,
+                device=device,
                 on_progress=on_progress,
             )
 

@@ -27,7 +27,7 @@ from trainers.serving import SIGNATURE
 CODE_PACKAGES = ("cluster", "data_shards", "trainers")
 REQUIREMENTS = (
     *("accelerate", "boto3", "diffusers", "huggingface-hub", "mlflow", "numpy", "pandas", "peft", "pillow"),
-    *("pyarrow", "pydantic", "pyyaml", "ray", "safetensors", "torch", "transformers", "webdataset"),
+    *("pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers", "webdataset"),
 )
 
 

@@ -11,15 +11,12 @@ from mlflow import MlflowClient
 from cluster.errors import UserError
 from cluster.registry import RegisteredModel, model_folder, register
 from cluster.tracking import Tracker
+from tests.conftest import named_store
 
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "sqlite":
-        return str(request.getfixturevalue("tracking_uri"))
-    uri: str = request.getfixturevalue("mlflow_server")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri
+    return named_store(request.param, request, monkeypatch)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import ray
 
 from cluster import runtime
 from cluster.errors import UserError
+from cluster.nodes import Node
 from tests.servers import free_port
 
 
@@ -31,8 +32,8 @@ GPU_NODE = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 7e11
 
 
 def test_a_machine_by_what_ray_says_of_it() -> None:
-    assert runtime._node(GPU_NODE, False) == runtime.Node(8, "H100", 9 * 10**11, False)
-    assert runtime._node({"CPU": 2.0, "memory": 1e9}, True) == runtime.Node(0, None, None, True)
+    assert runtime._node(GPU_NODE, False) == Node(8, "H100", 9 * 10**11, False)
+    assert runtime._node({"CPU": 2.0, "memory": 1e9}, True) == Node(0, None, None, True)
     two_kinds = GPU_NODE | {"accelerator_type:A100": 1.0}
     assert runtime._node(two_kinds, False).accelerator_type is None
 

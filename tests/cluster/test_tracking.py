@@ -11,17 +11,14 @@ from PIL import Image
 
 from cluster.errors import UserError
 from cluster.tracking import Tracker, connect
+from tests.conftest import named_store
 from tests.servers import free_port
 
 
 # One process of pytest-xdist starts the one server.
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.xdist_group("mlflow"))])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "sqlite":
-        return str(request.getfixturevalue("tracking_uri"))
-    uri: str = request.getfixturevalue("mlflow_server")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri
+    return named_store(request.param, request, monkeypatch)
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from data_shards import Manifest, Settings, write_shards
 from data_shards.sources import medvqa_records
 from data_shards.stream import read_images
 from tests.conftest import DATA
-from trainers.evaluate import Request, evaluate, features_uri, record_evaluation
+from trainers.evaluate import Request, evaluate, record_evaluation
 from trainers.evaluate_cli import name_for
-from trainers.fidelity.evaluation import Evaluation
+from trainers.fidelity.evaluation import Evaluation, features_uri
 from trainers.model_source import pinned
 from trainers.msdm import MSDMPipeline
 from trainers.recipe import MSDMRecipe

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import UserError
-from cluster.runtime import Node
+from cluster.nodes import Node
 from tests.trainers.test_checkpointing import bytes_autograd_saves, loss_of, tiny_transformer
 from trainers.ema import EMA
 from trainers.estimates import ZERO3_DEFAULTS, parts_of

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from cluster.runtime import Node
+from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.recipe import Recipe, Training

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from cluster.errors import UserError
-from cluster.runtime import Node
+from cluster.nodes import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers import plan
 from trainers.engines import Engine

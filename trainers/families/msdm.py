@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from cluster import storage
-from cluster.runtime import Node
+from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.engines.ddp import DDPEngine

@@ -1,9 +1,10 @@
 """What an evaluation found, as a document: EVALUATION/evaluation.json.
 
-EVALUATION/evaluation.json   this document; written last, so an evaluation that has it is whole
-EVALUATION/samples/          the generated images, 000000.png, ...
-EVALUATION/features/         what each extractor saw, in order: LABEL.safetensors, `features` float32 [N, D]
-EVALUATION/report.html       the page for people
+EVALUATION/evaluation.json     this document; written last, so an evaluation that has it is whole
+EVALUATION/samples/            the generated images, 000000.png, ...
+EVALUATION/features/           what each extractor saw, in order: LABEL.safetensors, `features` float32 [N, D]
+EVALUATION/scores.safetensors  of each sample, float64 [N] by the name of their mean; NaN where it was not judged
+EVALUATION/report.html         the page for people
 """
 
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from cluster import storage
 from cluster.errors import UserError
 
 EVALUATION = "evaluation.json"
+SCORES = "scores.safetensors"
+REPORT = "report.html"
 # Metrics published with one extractor bear their plain name only with that one.
 STANDARD_EXTRACTORS = {
     "fid": "inception",
@@ -180,3 +183,8 @@ class Evaluation(Record):
 def measure_name(metric: str, extractor: str) -> str:
     """`fid` only with the extractor it was published with; else the extractor's label follows: `fid_random_vgg`."""
     return metric if STANDARD_EXTRACTORS.get(metric) == extractor else f"{metric}_{extractor}"
+
+
+def features_uri(folder: str, label: str) -> str:
+    """Where the evaluation in `folder` keeps what an extractor saw in the generated images."""
+    return storage.join(folder, "features", f"{label}.safetensors")

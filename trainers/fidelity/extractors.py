@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ def absolute_extractor(uri: str) -> str:
     """The same extractor for a process that works in another folder. Raises UserError if there is no such kind."""
     name, colon, weights = uri.partition(":")
     _kind(name)
-    return f"{name}{colon}{storage.absolute(weights)}" if Path(weights).exists() and weights else uri
+    return f"{name}{colon}{storage.absolute_if_there(weights)}"
 
 
 def label_of(uri: str) -> str:

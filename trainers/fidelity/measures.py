@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from cluster.errors import UserError
-from trainers.fidelity.alignment import ALIGNMENT_NEIGHBOURS, MIN_BEARERS, caption_alignment, clip_scores
+from trainers.fidelity.alignment import ALIGNMENT_NEIGHBOURS, MIN_BEARERS
 from trainers.fidelity.bootstrap import MAX_ROWS, Interval, OnRows, half_sample_intervals, mean_interval
 from trainers.fidelity.diversity import MAX_PAIRS, SCALE_WEIGHTS, ReadPixels, num_scales, similarity_within_prompts
 from trainers.fidelity.evaluation import ClassMeasure, Measure, Neighbour, measure_name
@@ -18,7 +18,7 @@ from trainers.fidelity.inception_score import class_probabilities, inception_sco
 from trainers.fidelity.kernel import CMMD_SIGMA, cmmd, cmmd_on_rows, kid, kid_on_rows
 from trainers.fidelity.manifold import manifold_scores, manifold_scores_on_rows, precision_recall
 from trainers.fidelity.memorization import COPY_QUANTILE, copy_threshold, nearest, training_bias
-from trainers.fidelity.statistics import Features
+from trainers.fidelity.statistics import Features, Float64
 
 MIN_IMAGES = 16
 """Of either set: a quarter of a half of them still has a covariance, for the interval of FID∞."""
@@ -139,11 +139,8 @@ def inception_score_measures(
     return {measure_name("inception_score", label): measure}
 
 
-def clip_score_measures(
-    label: str, image_features: Features, prompt_features: Features, *, seed: int, num_bootstrap: int = 500
-) -> dict[str, Measure]:
-    """Mean CLIP score of images [N, D] with their own prompts [N, D]."""
-    scores = clip_scores(image_features, prompt_features)
+def clip_score_measures(label: str, scores: Float64, *, seed: int, num_bootstrap: int = 500) -> dict[str, Measure]:
+    """Mean of `alignment.clip_scores` [N]."""
     measure = Measure(
         value=float(scores.mean()),
         interval=mean_interval(scores, seed=seed, num_bootstrap=num_bootstrap),
@@ -156,17 +153,9 @@ def clip_score_measures(
 
 
 def caption_alignment_measures(
-    label: str,
-    generated: Features,
-    real: Features,
-    prompts: Sequence[str],
-    captions_of_real: Sequence[tuple[str, ...]],
-    *,
-    seed: int,
-    num_bootstrap: int = 500,
+    label: str, scores: Float64, *, num_real: int, seed: int, num_bootstrap: int = 500
 ) -> dict[str, Measure]:
-    """Mean caption alignment; empty if no prompt is the caption of enough real images."""
-    scores = caption_alignment(generated, real, prompts, captions_of_real)
+    """Mean of `alignment.caption_alignment` [N]; empty if no prompt is the caption of enough real images."""
     scores = scores[~np.isnan(scores)]
     if len(scores) == 0:
         return {}
@@ -176,7 +165,7 @@ def caption_alignment_measures(
         better="higher",
         extractor=label,
         num_generated=len(scores),
-        num_real=len(real),
+        num_real=num_real,
         about=f"how many of the {ALIGNMENT_NEIGHBOURS} nearest real images bear the prompt, from 0 (as by chance) to 1 "
         f"(all); for captions of at least {MIN_BEARERS} real images",
     )

@@ -72,7 +72,11 @@ class Found:
 
     folder: str
     names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    """What each image says it was drawn for; empty where it does not say."""
     resolution: int
+    digest: str
+    """SHA-256 over the images, in their order."""
 
     @classmethod
     def in_folder(cls, folder: str, limit: int) -> "Found":
@@ -85,28 +89,25 @@ class Found:
             raise UserError(f"{folder} holds neither a model nor images")
         if len(names) < limit:
             raise UserError(f"{folder} holds {len(names)} images; judge them with --num-samples {len(names)}")
-        chosen = tuple(names[:limit])
-        return cls(folder, chosen, min(min(_read(storage.join(folder, name)).size) for name in chosen))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the images, in their order."""
         digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(hashlib.sha256(storage.read_bytes(storage.join(self.folder, name))).digest())
-        return digest.hexdigest()
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What each image says it was drawn for; empty where it does not say."""
-        return tuple(str(_read(storage.join(self.folder, name)).info.get("prompt", "")) for name in self.names)
+        prompts: list[str] = []
+        sides: list[int] = []
+        for name in names[:limit]:
+            uri = storage.join(folder, name)
+            data = storage.read_bytes(uri)
+            image = _decoded(data, uri)
+            digest.update(hashlib.sha256(data).digest())
+            prompts.append(str(image.info.get("prompt", "")))
+            sides.append(min(image.size))
+        return cls(folder, tuple(names[:limit]), tuple(prompts), min(sides), digest.hexdigest())
 
     def open(self) -> Pictures:
         def pictures(share: Share) -> list[tuple[Image.Image, Mapping[str, str]]]:
             side = (self.resolution, self.resolution)
             found: list[tuple[Image.Image, Mapping[str, str]]] = []
             for name in (self.names[number] for number in share):
-                image = _read(storage.join(self.folder, name))
+                uri = storage.join(self.folder, name)
+                image = _decoded(storage.read_bytes(uri), uri)
                 told = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
                 found.append(
                     (ImageOps.fit(to_rgb(image), side, method=Image.Resampling.LANCZOS), told | {"file": name})
@@ -183,9 +184,9 @@ def share_uri(out: str, share: Share) -> str:
     return storage.join(out, "shares", f"{share[0]:06d}.safetensors")
 
 
-def _read(uri: str) -> Image.Image:
+def _decoded(data: bytes, uri: str) -> Image.Image:
     try:
-        return open_image(storage.read_bytes(uri))
+        return open_image(data)
     except ImageError as error:
         raise UserError(f"{uri}: {error}") from None
 

@@ -90,9 +90,7 @@ def at_absolute_paths(block: B) -> B:
             changed[name] = storage.absolute(value)
         elif EXTRACTOR in field.metadata:
             kind, colon, weights = value.partition(":")
-            changed[name] = (
-                f"{kind}{colon}{storage.absolute(weights) if Path(weights).exists() and weights else weights}"
-            )
+            changed[name] = f"{kind}{colon}{storage.absolute_if_there(weights)}"
     return block.model_copy(update=changed)
 
 

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from cluster import runtime
-from cluster.runtime import Node
+from cluster.nodes import Node
 from cluster.tracking import Tracker
 from tests.servers import free_port
 from trainers.fidelity.cost import cost_of_run

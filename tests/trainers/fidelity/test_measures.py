@@ -5,7 +5,8 @@ import pytest
 
 from cluster.errors import UserError
 from tests.trainers.fidelity.real_images import frames, pixel_features, pixels
-from trainers.fidelity.alignment import caption_alignment
+from trainers.fidelity.alignment import caption_alignment, clip_scores
+from trainers.fidelity.evaluation import Measure
 from trainers.fidelity.frechet import fid
 from trainers.fidelity.inception_score import class_probabilities, inception_score
 from trainers.fidelity.manifold import manifold_scores, precision_recall
@@ -77,7 +78,8 @@ def test_inception_score() -> None:
 def test_clip_score() -> None:
     rng = np.random.default_rng(0)
     prompts = rng.standard_normal((40, 6))
-    [(name, measure)] = clip_score_measures("clip", prompts + rng.standard_normal((40, 6)), prompts, seed=0).items()
+    scores = clip_scores(prompts + rng.standard_normal((40, 6)), prompts)
+    [(name, measure)] = clip_score_measures("clip", scores, seed=0).items()
     assert name == "clip_score"
     assert measure.interval is not None
     assert 40 < measure.interval[0] < measure.value < measure.interval[1] < 100
@@ -88,11 +90,16 @@ def test_caption_alignment_counts_the_images_it_could_judge() -> None:
     generated, real = rng.standard_normal((20, 4)), rng.standard_normal((40, 4))
     captions = [("even",) if row % 2 else ("odd",) for row in range(40)]
     prompts = ["even", "unheard of"] * 10
-    [(name, measure)] = caption_alignment_measures("dino", generated, real, prompts, captions, seed=0).items()
+
+    def aligned(prompts: list[str]) -> dict[str, Measure]:
+        scores = caption_alignment(generated, real, prompts, captions)
+        return caption_alignment_measures("dino", scores, num_real=40, seed=0)
+
+    [(name, measure)] = aligned(prompts).items()
     assert name == "caption_alignment_dino"
     assert measure.value == np.nanmean(caption_alignment(generated, real, prompts, captions))
     assert (measure.num_generated, measure.num_real) == (10, 40)
-    assert caption_alignment_measures("dino", generated, real, ["unheard of"] * 20, captions, seed=0) == {}
+    assert aligned(["unheard of"] * 20) == {}
 
 
 def test_diversity_says_how_many_scales_and_prompts() -> None:

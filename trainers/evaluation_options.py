@@ -1,0 +1,60 @@
+"""What `medsynth evaluate` and `medsynth promote` both ask of an evaluation, as options of the command line."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:  # help need not wait for what an evaluation imports
+    from trainers.evaluate import Request
+
+Splits = Annotated[
+    list[str] | None,
+    typer.Option(help="Whose captions and images to compare with; may be given several times. Default: all but train."),
+]
+NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw.")]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")]
+Extractors = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What turns images into features, KIND or KIND:WEIGHTS; may be given several times, the first decides "
+        "on copies. Kinds: inception, clip, biomedclip, dinov2, rad-dino, radimagenet, transformers, random-vgg. "
+        "Default: random-vgg, which needs no weights."
+    ),
+]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")]
+TrueCFGScale = Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")]
+NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
+Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Cache = Annotated[
+    str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation.")
+]
+
+
+def request_of(
+    data: str,
+    *,
+    splits: Sequence[str] | None,
+    num_samples: int,
+    images_per_prompt: int,
+    extractors: Sequence[str] | None,
+    seed: int,
+    batch_size: int,
+    **settings: float | None,
+) -> "Request":
+    """The evaluation that the options ask for; `settings` are those of drawing, None where the model's own hold."""
+    from trainers.evaluate import Request
+
+    return Request(
+        shards=data,
+        splits=tuple(splits) if splits else None,
+        num_samples=num_samples,
+        images_per_prompt=images_per_prompt,
+        seed=seed,
+        extractors=tuple(extractors or ("random-vgg",)),
+        settings={name: value for name, value in settings.items() if value is not None},
+        batch_size=batch_size,
+    )
