@@ -7,7 +7,7 @@ import io
 import json
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
 POLL_SECONDS = 0.5
+ANYWHERE = "DEFAULT"  # Ray's word; without it, a task of a sweep's trial would have to fit what Tune gave its driver
 MEASURE_ATTEMPTS = 3  # of a process that measures a checkpoint and is killed
 
 
@@ -75,8 +76,12 @@ def train_recipe(
     *,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
+    stages: Sequence[str] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> TrainedRun:
     """Train every stage, then export and register the model. A run that was stopped goes on under its name.
+
+    With `stages`, only these are trained, and nothing is registered. `tags` are of the MLflow run, when it begins.
 
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
@@ -87,6 +92,7 @@ def train_recipe(
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
     cluster, fidelity = recipe.cluster, recipe.fidelity
+    trained = tuple(stages or family.STAGES)
     if fidelity:
         label_of(fidelity.extractor)
         for split in fidelity.splits:
@@ -101,20 +107,20 @@ def train_recipe(
             gpus_beside=int(fidelity.use_gpu) if fidelity else 0,
         )
         family.check_fits(recipe, runtime.nodes())
-        tracker = _begin(recipe, manifest, run, run_name)
+        tracker = _begin(recipe, manifest, run, run_name, tags or {})
         status: Status = "FAILED"
         try:
-            for stage in family.STAGES:
+            for stage in trained:
                 if not run.has_model(stage):
                     _train_stage(recipe, stage, manifest, run, tracker, on_progress, on_stop_requested)
-            model_uri = _register(recipe, manifest, run, tracker)
+            model_uri = run.model(trained[-1]) if stages else _register(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
             raise
         finally:
             tracker.finish(status)
-    return TrainedRun(run, family.STAGES, tracker, tracker.last_metrics(), model_uri, tracker.failures())
+    return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
 def emulated_precision(recipe: Recipe) -> str | None:
@@ -133,7 +139,9 @@ def emulated_precision(recipe: Recipe) -> str | None:
     return f"This CPU only emulates bf16, which takes many times longer: consider {changes}"
 
 
-def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) -> Tracker:
+def _begin(
+    recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str, further_tags: Mapping[str, str]
+) -> Tracker:
     """The MLflow run this run began with, if it is resumed; else a new one that says what will be done."""
     run.clear_stop()
     if previous := run.previous(recipe):
@@ -148,6 +156,7 @@ def _begin(recipe: Recipe, manifest: Manifest, run: RunFolder, run_name: str) ->
             "manifest_digest": manifest.digest,
             "run_folder": run.uri,
             "device": _device(recipe.cluster.use_gpu),
+            **further_tags,
         },
         artifact_location=recipe.tracking.artifact_location,
     )
@@ -187,7 +196,8 @@ def _train_stage(
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
     measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
-    validation = ray.train.ValidationConfig(measure, ray_remote_kwargs={"num_cpus": 0}) if recipe.fidelity else None
+    beside = {"num_cpus": 0, "scheduling_strategy": ANYWHERE}
+    validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"recipe": recipe, "stage": stage, "run": run, "tracker": tracker},
@@ -209,7 +219,9 @@ def _train_stage(
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
-    export = ray.remote(_export_stage).options(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu))
+    export = ray.remote(_export_stage).options(
+        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), scheduling_strategy=ANYWHERE
+    )
     ray.get(export.remote(recipe, stage, run, result.checkpoint))
 
 

@@ -17,6 +17,8 @@ from cluster import storage
 from cluster.errors import UserError
 from trainers.recipe import Recipe, dump_recipe
 
+COMPLETE = "COMPLETE"  # written into a model's folder when all else is there
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -34,10 +36,10 @@ class RunFolder:
 
     def has_model(self, stage: str) -> bool:
         # Folders are uploaded file by file; the marker comes last.
-        return storage.exists(storage.join(self.model(stage), "COMPLETE"))
+        return storage.exists(storage.join(self.model(stage), COMPLETE))
 
     def mark_complete(self, stage: str) -> None:
-        storage.write_bytes(storage.join(self.model(stage), "COMPLETE"), b"")
+        storage.write_bytes(storage.join(self.model(stage), COMPLETE), b"")
 
     def picture(self, stage: str, step: int) -> str:
         return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
@@ -51,8 +53,8 @@ class RunFolder:
 
         Raises UserError if the earlier start followed another recipe (its cluster settings may differ).
         """
-        marker = storage.join(self.uri, "run.json")
-        if not storage.exists(marker):
+        run = self.mlflow_run()
+        if run is None:
             return None
         began_with = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "recipe.yaml")))
         now = yaml.safe_load(dump_recipe(recipe))
@@ -62,6 +64,13 @@ class RunFolder:
                 f"{self.uri} was begun with another recipe; {', '.join(changed[:5])} differ: "
                 "give the recipe it began with, or another --run name"
             )
+        return run
+
+    def mlflow_run(self) -> dict[str, str] | None:
+        """run_id and tracking_uri of the MLflow run that records it; None before it began."""
+        marker = storage.join(self.uri, "run.json")
+        if not storage.exists(marker):
+            return None
         run: dict[str, str] = json.loads(storage.read_bytes(marker))
         return run
 

@@ -49,6 +49,7 @@ __all__ = [
     "VAEStage",
     "at_absolute_paths",
     "dump_recipe",
+    "explain",
     "load_recipe",
 ]
 
@@ -76,7 +77,7 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return FAMILIES[family].model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{uri}: " + "; ".join(_explain(error, FAMILIES[family]))) from None
+        raise UserError(f"{uri}: " + "; ".join(explain(error, FAMILIES[family]))) from None
 
 
 def at_absolute_paths(block: B) -> B:
@@ -115,13 +116,13 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not YAML") from None
 
 
-def _explain(error: ValidationError, recipe: type[BaseModel]) -> Iterator[str]:
+def explain(error: ValidationError, document: type[BaseModel]) -> Iterator[str]:
     """One sentence for each problem, with the dotted key first."""
     for problem in error.errors():
         *parents, last = [str(part) for part in problem["loc"]] or [""]
         key = ".".join([*parents, last])
         if problem["type"] == "extra_forbidden":
-            allowed = _keys_at(parents, recipe)
+            allowed = _keys_at(parents, document)
             guess = nearest(last, allowed)
             hint = f"did you mean '{guess}'? " if guess else ""
             yield f"unknown key '{key}': {hint}allowed here: {', '.join(allowed)}"
@@ -136,6 +137,8 @@ def _explain(error: ValidationError, recipe: type[BaseModel]) -> Iterator[str]:
 def _keys_at(path: Sequence[str], block: type[BaseModel]) -> list[str]:
     """The keys allowed in the block at `path` below `block`."""
     for name in path:
+        if name not in block.model_fields:  # a key of a mapping of blocks, not of a block
+            continue
         annotation = block.model_fields[name].annotation
         block = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
     return list(block.model_fields)

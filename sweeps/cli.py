@@ -1,0 +1,164 @@
+"""The command `medsynth sweep`."""
+
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.errors import UserError
+from sweeps.spec import SweepSpec, Trial, load_spec
+
+if TYPE_CHECKING:
+    from sweeps.tune import Swept
+    from trainers.launch import Progress
+
+console = Console(highlight=False)
+COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
+
+
+def sweep(
+    spec: Annotated[str, typer.Argument(help="Specification: a YAML file or s3:// URI.")],
+    run: Annotated[str | None, typer.Option(help="Name of a new sweep.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Name of a sweep that was cut off: it goes on, and repeats nothing.")
+    ] = None,
+) -> None:
+    """Try recipes over a space of their keys, stop the bad ones early, and register the best model as `candidate`.
+
+    medsynth sweep sweeps/specs/msdm-learning-rate.yaml
+    """
+    # Optuna and Ray take seconds to import, and a wrong specification should not have to wait for them.
+    loaded = load_spec(spec)
+    from sweeps.space import num_trials
+    from sweeps.tune import SweepStopped, run_sweep
+
+    if run and resume:
+        raise UserError("--run names a new sweep, --resume one that was cut off: give one of them")
+    name = resume or run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    command = f"medsynth sweep {spec} --resume {name}"
+    total = num_trials(loaded)
+    of = f"of at most {total} trials" if total else "for as long as its budget lasts"
+    console.print(f"Sweep [bold]{name}[/] {of}; to resume it: {command}", soft_wrap=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted
+    try:
+        with TrialTable(console, loaded, total) as table:
+            swept = run_sweep(loaded, name, is_new=resume is None, watch=table)
+    except SweepStopped:
+        console.print(f"Stopped; the trials' checkpoints are kept. To go on: {command}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    summarize(console, loaded, swept)
+    if swept.best is None:
+        raise UserError(f"sweep {name}: no trial was trained to its end, so there is no best: see why in MLflow")
+
+
+class TrialTable:
+    """Shows the trials as they fare: a table that changes in place on a terminal, a line for each change in a log."""
+
+    def __init__(self, console: Console, spec: SweepSpec, total: int | None) -> None:
+        self._console = console
+        self._spec = spec
+        self._total = total
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._said: dict[int, tuple[str, int]] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "TrialTable":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, trials: Sequence[Trial], steps: int) -> None:
+        if self._console.is_terminal:
+            self._live.update(trial_table(self._spec, trials, steps, total=self._total), refresh=True)
+            return
+        for trial in trials:
+            now = (trial.state, trial.steps)
+            if self._said.get(trial.number) != now:
+                self._said[trial.number] = now
+                self.say(f"trial {trial.number} {trial.state}: {_values(trial.params)} {_progress(trial, steps)}")
+
+    def show_training(self, progress: "Progress") -> None:
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if "loss" in name)
+        if figures:
+            self.say(f"{progress.stage}, for all trials: {progress.step}/{progress.steps} {figures}")
+
+    def say(self, line: str) -> None:
+        elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
+        self._console.print(f"{elapsed} {escape(line)}", soft_wrap=True)
+
+
+def trial_table(spec: SweepSpec, trials: Sequence[Trial], steps: int, *, total: int | None) -> Table:
+    """A row for each trial: state, values of the keys, the objective's last value, steps of `steps`, time left."""
+    ended = sum(trial.state != "running" for trial in trials)
+    table = Table(title=f"{spec.name}: {ended} of {total or '?'} trials ended", title_justify="left")
+    for heading in ("trial", "state", *_headings(list(spec.space)), spec.objective.metric, "steps", "left"):
+        table.add_column(heading)
+    for trial in trials:
+        table.add_row(
+            str(trial.number),
+            f"[{COLOURS[trial.state]}]{trial.state}[/]",
+            *(_short(trial.params.get(key, "")) for key in spec.space),
+            "" if trial.value is None else f"{trial.value:.5g}",
+            f"{trial.steps}/{steps}",
+            _left(trial, steps),
+        )
+    return table
+
+
+def summarize(console: Console, spec: SweepSpec, swept: "Swept") -> None:
+    """The end of a sweep: its trials, the best recipe, where everything is, and what to do next."""
+    console.print(trial_table(spec, swept.trials, swept.steps, total=len(swept.trials)))
+    if best := swept.best:
+        console.print(f"Best: trial {best.number}, {spec.objective.metric} {best.value:.5g}")
+        table = Table(show_header=False)
+        for key, value in best.params.items():
+            table.add_row(key, _short(value))
+        table.add_row("recipe", swept.journal.best_recipe)
+        table.add_row("model", swept.model_uri)
+        console.print(table)
+        console.print(f"Train it again, or longer: medsynth train {swept.journal.best_recipe}", soft_wrap=True)
+    if swept.model_uri and swept.model_uri.startswith("models:/"):
+        console.print(f"Judge it: medsynth promote {swept.model_uri} --data ...", soft_wrap=True)
+    console.print(f"Everything is in {swept.journal.uri}; MLflow: {swept.tracker.ui_command()}", soft_wrap=True)
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    """The keys' last names where these tell them apart."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
+
+
+def _values(params: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {_short(params[key])}" for key, name in zip(params, _headings(list(params)), strict=True))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _progress(trial: Trial, steps: int) -> str:
+    value = "" if trial.value is None else f"  objective {trial.value:.5g} at step {trial.steps}/{steps}"
+    left = _left(trial, steps)
+    return f"{value}  {left} left" if left else value
+
+
+def _left(trial: Trial, steps: int) -> str:
+    """Time to the end of a running trial at its speed so far."""
+    if trial.state != "running" or not trial.steps:
+        return ""
+    seconds = math.ceil(trial.seconds / trial.steps * (steps - trial.steps))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

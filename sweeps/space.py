@@ -1,0 +1,247 @@
+"""Decisions of a sweep, as functions of its specification and its trials so far: what to try next, whether it can be
+tried, which trial is best. Nothing is kept between calls, so a sweep that was killed goes on as if it had not been.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from cluster.errors import UserError, nearest
+from data_shards import derive_seed
+from sweeps.spec import Axis, SweepSpec, Trial
+from trainers.families import family_of
+from trainers.recipe import Recipe, load_recipe
+
+STARTUP_TRIALS = 5  # drawn at random before the estimator has something to go by
+MAX_CORNERS = 64  # tried on the recipe before a sweep starts
+FIDELITY = "fidelity/"
+LAST_STAGE_BLOCKS = ("sampling", "fidelity")  # of a recipe, that only its last stage reads
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def recipe_of(spec: SweepSpec, params: Mapping[str, Any]) -> Recipe:
+    """The recipe with what is fixed and with a trial's values. Raises UserError as `load_recipe` does."""
+    values = {**spec.fixed, **params}
+    return load_recipe(spec.recipe, [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()])
+
+
+def grid_points(spec: SweepSpec) -> list[dict[str, Any]]:
+    """Every combination of the grids' values, the last key changing fastest; one empty point if there is no grid."""
+    return _combinations(spec, {key: axis.grid for key, axis in spec.space.items() if axis.grid})
+
+
+def corners(spec: SweepSpec) -> list[dict[str, Any]]:
+    """Combinations of the extreme values of all keys: all there are, or MAX_CORNERS of them."""
+    found = _combinations(spec, {key: axis.extremes for key, axis in spec.space.items()})
+    return found if len(found) <= MAX_CORNERS else random.Random(spec.seed).sample(found, MAX_CORNERS)
+
+
+def num_trials(spec: SweepSpec) -> int | None:
+    """How many trials there will be at most; None if only time bounds them."""
+    if spec.search != "grid":
+        return spec.budget.trials
+    points = len(grid_points(spec))
+    return min(points, spec.budget.trials or points)
+
+
+def next_params(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
+    """What trial number len(trials) is to try, given those before it, of which some still run."""
+    number = len(trials)
+    points = grid_points(spec)
+    point = points[number % len(points)]
+    if spec.search == "grid":
+        return point
+    seed = derive_seed(spec.seed, "trial", number) % 2**32
+    study = optuna.create_study(
+        sampler=optuna.samplers.RandomSampler(seed)
+        if spec.search == "random"
+        else optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed),
+        direction="minimize" if spec.objective.mode == "min" else "maximize",
+    )
+    study.add_trials([_as_optuna(spec, trial) for trial in trials])
+    asked = study.ask()
+    params: dict[str, Any] = {}
+    for key, axis in spec.space.items():
+        if not _counts(axis, params):
+            continue
+        if key in point:
+            params[key] = point[key]
+        elif axis.choice:
+            params[key] = axis.choice[asked.suggest_categorical(key, range(len(axis.choice)))]
+        else:
+            low, high = axis.extremes
+            params[key] = asked.suggest_float(key, low, high, log=axis.loguniform is not None)
+    return params
+
+
+def best_trial(spec: SweepSpec, trials: Sequence[Trial]) -> Trial | None:
+    """Of the trials that were trained to their end, the one whose objective ended best."""
+    ended = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
+    sign = 1 if spec.objective.mode == "min" else -1
+    return min(ended, key=lambda trial: sign * (trial.value or 0), default=None)
+
+
+def check(spec: SweepSpec) -> list[Recipe]:
+    """The recipes at the corners of the space. Raises UserError for what would end the sweep after it began."""
+    try:
+        recipes = [recipe_of(spec, params) for params in corners(spec)]
+        recipe_of(spec, next_params(spec.model_copy(update={"search": "random"}), []))
+    except UserError as error:
+        raise UserError(f"sweep {spec.name}: {error}") from None
+    for recipe in recipes:
+        _check_objective(spec, recipe)
+    return recipes
+
+
+def objective_stage(spec: SweepSpec, recipe: Recipe) -> str:
+    """The stage whose steps count: the one that the metric is of; fidelity is measured in the last."""
+    stage = spec.objective.metric.partition("/")[0]
+    stages = family_of(recipe).STAGES
+    return stage if stage in stages else stages[-1]
+
+
+def objective_steps(spec: SweepSpec, recipe: Recipe) -> int:
+    """Steps that a trial trains that stage for."""
+    return family_of(recipe).training_of(recipe, objective_stage(spec, recipe)).steps
+
+
+def shared_stages(spec: SweepSpec, recipe: Recipe) -> tuple[str, ...]:
+    """Stages that come out the same in all trials, as no key of the space changes them: trained once, for all."""
+    *earlier, last = family_of(recipe).STAGES
+    if objective_stage(spec, recipe) != last:
+        return ()
+    blocks = {key.partition(".")[0] for key in spec.space}
+    return tuple(earlier) if blocks <= {last, *LAST_STAGE_BLOCKS} else ()
+
+
+def concurrency(spec: SweepSpec, recipes: Sequence[Recipe], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials fit the cluster at once, each with all of its processes, up to the specification's limit.
+
+    `nodes` are the resources of each machine, by Ray's names. A process is never cut over machines. What drives a
+    trial only waits, and takes no processor. Raises UserError if not even one trial fits.
+    """
+    fits = min(_fitting(recipe, nodes) for recipe in recipes)
+    if not fits:
+        there = {name: int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
+        largest = max(recipes, key=lambda recipe: recipe.cluster.num_workers * recipe.cluster.cpus_per_worker).cluster
+        each = f"{largest.cpus_per_worker} CPUs" + (" and a GPU" if largest.use_gpu else "")
+        beside = " and one that measures fidelity" if recipes[0].fidelity else ""
+        raise UserError(
+            f"sweep {spec.name}: a trial has {largest.num_workers} workers of {each}{beside}, and the Ray cluster's "
+            f"{len(nodes)} machines with {there['CPU']} CPUs and {there['GPU']} GPUs never hold them at once: "
+            "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
+        )
+    return min(fits, spec.concurrency or fits)
+
+
+def gpus_of(recipe: Recipe) -> int:
+    """GPUs that a trial takes."""
+    workers = recipe.cluster.num_workers if recipe.cluster.use_gpu else 0
+    return workers + int(recipe.fidelity is not None and recipe.fidelity.use_gpu)
+
+
+def _fitting(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
+    cluster, fidelity = recipe.cluster, recipe.fidelity
+    cpus = (cluster.num_workers + (fidelity is not None)) * cluster.cpus_per_worker
+    rooms = 0  # for processes that train
+    for node in nodes:
+        room = node.get("CPU", 0) // cluster.cpus_per_worker
+        rooms += int(min(room, node.get("GPU", 0)) if cluster.use_gpu else room)
+    slots = sum(int(node.get("CPU", 0) // cluster.cpus_per_worker) for node in nodes) * cluster.cpus_per_worker
+    fits = [rooms // cluster.num_workers, slots // cpus]
+    if gpus := gpus_of(recipe):
+        fits.append(int(sum(node.get("GPU", 0) for node in nodes)) // gpus)
+    return min(fits)
+
+
+def _check_objective(spec: SweepSpec, recipe: Recipe) -> None:
+    metric = spec.objective.metric
+    family = family_of(recipe)
+    if metric.startswith(FIDELITY):
+        if recipe.fidelity is None:
+            raise UserError(
+                f"sweep {spec.name}: objective.metric: {metric} is never logged, as the recipe measures no fidelity: "
+                "give it a block 'fidelity', under 'fixed' or in its file"
+            )
+        every = recipe.fidelity.every_steps
+    else:
+        logged = [f"{stage}/{name}" for stage in family.STAGES for name in ("validation_loss", "loss")]
+        if metric not in logged:
+            guess = nearest(metric, logged)
+            hint = f"did you mean '{guess}'? " if guess else ""
+            raise UserError(
+                f"sweep {spec.name}: objective.metric: '{metric}' is never logged; {hint}"
+                f"there are {', '.join(logged)} and, with a block 'fidelity', {FIDELITY}NAME"
+            )
+        training = family.training_of(recipe, metric.partition("/")[0])
+        every = training.validate_every_steps if metric.endswith("validation_loss") else training.log_every_steps
+    stage = objective_stage(spec, recipe)
+    steps = objective_steps(spec, recipe)
+    if spec.scheduler and (every >= steps or spec.scheduler.grace_steps >= steps):
+        raise UserError(
+            f"sweep {spec.name}: scheduler: asha would stop no trial, as {metric} is known every {every} steps and "
+            f"judged from step {spec.scheduler.grace_steps}, of {steps}: lower scheduler.grace_steps, or how often "
+            f"{stage}.training validates (validate_every_steps) or the fidelity is measured"
+        )
+    if spec.budget.gpu_hours is not None and not gpus_of(recipe):
+        raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
+
+
+def _combinations(spec: SweepSpec, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The product of the keys' values without the keys that do not count, and each only once."""
+    found: list[dict[str, Any]] = []
+    for combination in product(*values.values()):
+        point: dict[str, Any] = {}
+        for key, value in zip(values, combination, strict=True):
+            # A condition on a key that is not combined here is decided elsewhere.
+            if _counts(spec.space[key], point, among=values):
+                point[key] = value
+        if point not in found:
+            found.append(point)
+    return found
+
+
+def _counts(axis: Axis, params: Mapping[str, Any], among: Mapping[str, Any] | None = None) -> bool:
+    return all(
+        key in params and params[key] == value for key, value in axis.when.items() if among is None or key in among
+    )
+
+
+def _as_optuna(spec: SweepSpec, trial: Trial) -> FrozenTrial:
+    """A stopped trial is as good as its last value at its last step, a failed one worse than all others."""
+    params, distributions = dict(_optuna_params(spec, trial)), dict(_distributions(spec, trial))
+    if trial.state == "running":
+        return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
+    if trial.state == "finished" and trial.value is not None:
+        return create_trial(value=trial.value, params=params, distributions=distributions)
+    return create_trial(
+        state=TrialState.PRUNED,
+        params=params,
+        distributions=distributions,
+        intermediate_values=trial.intermediate if trial.state == "stopped" else {},
+    )
+
+
+def _optuna_params(spec: SweepSpec, trial: Trial) -> Iterator[tuple[str, Any]]:
+    """Values of a listed choice go by their place: Optuna takes only numbers and words."""
+    for key, value in trial.params.items():
+        axis = spec.space[key]
+        if not axis.grid:
+            yield key, axis.choice.index(value) if axis.choice else value
+
+
+def _distributions(spec: SweepSpec, trial: Trial) -> Iterator[tuple[str, BaseDistribution]]:
+    for key in trial.params:
+        axis = spec.space[key]
+        if axis.choice:
+            yield key, CategoricalDistribution(range(len(axis.choice)))
+        elif not axis.grid:
+            low, high = axis.extremes
+            yield key, FloatDistribution(low, high, log=axis.loguniform is not None)

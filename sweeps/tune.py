@@ -1,0 +1,490 @@
+"""A sweep's trials under Ray Tune, each a run of `train_recipe` with its Ray Train workers; MLflow records them.
+
+The only module of this folder that imports Ray. Tune starts, restarts and stops the trials; what is tried next, and
+what came of it, is the business of sweeps/space.py and sweeps/journal.py, which a killed sweep finds again.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+
+from cluster import runtime, storage
+from cluster.errors import UserError
+from cluster.evaluations import KIND, PARENT
+from cluster.registry import RegisteredModel
+from cluster.tracking import Status, Tracker, default_tracking_uri, find_run, without_secrets
+from data_shards import Manifest
+from sweeps import space
+from sweeps.journal import Journal
+from sweeps.spec import State, SweepSpec, Trial, dump_spec
+from trainers.code_version import git_commit
+from trainers.families import family_of
+from trainers.launch import Progress, RunStopped, train_recipe
+from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
+from trainers.registration import register_model
+from trainers.run_folder import COMPLETE, RunFolder
+
+CANDIDATE = "candidate"
+ENDED = "medsynth.ended"  # tag of a trial's run: why it was not trained to its end
+STEP, VALUE = "step", "value"  # of a trial's reports to Tune
+
+# Trials work where the sweep was started, as paths in the environment may be relative to it.
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+# What Tune prints at the end tells of files that are not looked at.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# A trial that failed reports no value.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+
+
+class Watch(Protocol):
+    """Whoever watches a sweep."""
+
+    def show(self, trials: Sequence[Trial], steps: int) -> None:
+        """All trials as they are now, and the steps that each is to have."""
+
+    def say(self, line: str) -> None: ...
+
+    def show_training(self, progress: Progress) -> None:
+        """How the training of what all trials share proceeds."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Where an ended sweep's results are."""
+
+    journal: Journal
+    tracker: Tracker
+    trials: tuple[Trial, ...]
+    steps: int  # that a trial has in the objective's stage, at most
+    best: Trial | None  # None if no trial was trained to its end
+    model_uri: str | None  # models:/NAME/VERSION, or the best model's folder when the recipe registers nothing
+
+
+class SweepStopped(Exception):  # noqa: N818 - what happened, not what went wrong
+    """The sweep was interrupted; it goes on when it is resumed."""
+
+
+def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swept:
+    """Try the recipes of a new sweep, or go on with one that was cut off; register the best model as `candidate`.
+
+    Trials that ended are never run again; those that were cut off go on from their checkpoints. Raises UserError for
+    what the user can mend, before anything starts where possible, and SweepStopped when it was interrupted.
+    """
+    corners = [at_absolute_paths(corner) for corner in space.check(spec)]
+    recipe = at_absolute_paths(space.recipe_of(spec, {}))
+    family = family_of(recipe)
+    manifest = family.check(recipe)
+    journal = Journal(storage.join(recipe.cluster.storage, name))
+    previous = journal.previous(spec, recipe)
+    if is_new and previous:
+        raise UserError(f"there is a sweep at {journal.uri}: give --resume {name} to go on with it, or another name")
+    if not is_new and not previous:
+        raise UserError(f"there is no sweep at {journal.uri} to resume")
+    storage.check_writable(journal.uri)
+    workers = [r.cluster.num_workers + (r.fidelity is not None) for r in corners]
+    with runtime.connect(
+        min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
+    ):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        limit = space.concurrency(spec, corners, nodes)
+        for corner in corners:
+            family.check_fits(corner, runtime.nodes())
+        tracker = _begin(spec, recipe, manifest, journal, previous)
+        status: Status = "FAILED"
+        try:
+            shared = space.shared_stages(spec, recipe)
+            if shared:
+                train_recipe(
+                    _of_sweep(recipe, journal),
+                    journal.shared_run,
+                    on_progress=watch.show_training,
+                    on_stop_requested=lambda: watch.say("Stopping: saving the state. Ctrl-C again to give up on it."),
+                    stages=shared,
+                    tags={PARENT: tracker.run_id, KIND: "shared"},
+                )
+            conductor = _Conductor(spec, corners, journal, tracker, watch, limit)
+            _run_trials(conductor, _Setting(spec, journal, tracker, shared))
+            best = space.best_trial(spec, conductor.trials)
+            model_uri = _keep(spec, best, manifest, journal, tracker) if best else None
+            status = "FINISHED"
+        except (RunStopped, SweepStopped, KeyboardInterrupt):
+            status = "KILLED"
+            raise SweepStopped from None
+        finally:
+            tracker.finish(status)
+    return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri)
+
+
+def _begin(
+    spec: SweepSpec, recipe: Recipe, manifest: Manifest, journal: Journal, previous: Mapping[str, str] | None
+) -> Tracker:
+    """The MLflow run this sweep began with, if it is resumed; else a new one that says what will be tried."""
+    if previous:
+        known, here = previous["tracking_uri"], default_tracking_uri()
+        return Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+    tracker = Tracker.start(
+        experiment=recipe.tracking.experiment,
+        run_name=journal.name,
+        tags={
+            KIND: "sweep",
+            "git_commit": git_commit(),
+            "manifest_digest": manifest.digest,
+            "sweep_folder": journal.uri,
+        },
+        artifact_location=recipe.tracking.artifact_location,
+    )
+    tracker.log_params(spec.model_dump(mode="json"))
+    tracker.log_text(dump_spec(spec), "sweep.yaml")
+    journal.begin(spec, recipe, {"run_id": tracker.run_id, "tracking_uri": without_secrets(tracker.tracking_uri)})
+    return tracker
+
+
+def _of_sweep(recipe: Recipe, journal: Journal) -> Recipe:
+    """The recipe as a trial trains it: in the sweep's folder, and without registering what may not be best."""
+    return recipe.model_copy(
+        update={
+            "cluster": recipe.cluster.model_copy(update={"storage": journal.uri}),
+            "tracking": recipe.tracking.model_copy(update={"register_as": None}),
+        }
+    )
+
+
+def _keep(spec: SweepSpec, best: Trial, manifest: Manifest, journal: Journal, tracker: Tracker) -> str:
+    """Write the best trial's recipe as one that `medsynth train` takes, and register its model as candidate."""
+    recipe = space.recipe_of(spec, best.params)
+    storage.write_bytes(journal.best_recipe, dump_recipe(recipe).encode())
+    tracker.log_text(dump_recipe(recipe), "best-recipe.yaml")
+    if best.value is not None:
+        tracker.log_metrics({f"best/{spec.objective.metric}": best.value}, best.number)
+    model = journal.run_folder(best.number).model(family_of(recipe).STAGES[-1])
+    name = recipe.tracking.register_as
+    if name is None or best.run_id is None:
+        return model
+    version = register_model(recipe, manifest, model, Tracker(tracker.tracking_uri, best.run_id), name=name)
+    RegisteredModel(tracker.tracking_uri, name).point(CANDIDATE, version)
+    return f"models:/{name}/{version}"
+
+
+# --- in the process of the sweep ---
+
+
+class _Conductor(tune.Callback):
+    """Says which trial is next, and keeps the record of all: in the journal, in MLflow and before whoever watches."""
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        corners: Sequence[Recipe],
+        journal: Journal,
+        tracker: Tracker,
+        watch: Watch,
+        limit: int,
+    ) -> None:
+        self.spec = spec
+        self.journal = journal
+        self.tracker = tracker
+        self.watch = watch
+        self.trials = journal.trials()
+        self.limit = limit
+        self.gpus = max(space.gpus_of(corner) for corner in corners)
+        self.steps = max(space.objective_steps(spec, corner) for corner in corners)
+        self.began = time.monotonic()
+        self.waiting = deque(trial.number for trial in self.trials if trial.state == "running")  # cut off earlier
+        self.since: dict[int, tuple[float, float]] = {}  # running trial -> (clock at its start, seconds before that)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves itself with all it holds, to restore itself, which is not what sweeps go on from."""
+        return {}
+
+    def next_config(self) -> dict[str, Any] | str | None:
+        """What Tune is to start now: a trial's config, nothing yet (None), or never more (FINISHED)."""
+        total = space.num_trials(self.spec)
+        if self.is_spent() or (not self.waiting and total is not None and len(self.trials) >= total):
+            return Searcher.FINISHED
+        if len(self.since) >= self.limit:
+            return None
+        if self.waiting:
+            number = self.waiting.popleft()
+        else:
+            number = len(self.trials)
+            params = space.next_params(self.spec, self.trials)
+            self.trials.append(Trial(number, "running", params, None, 0, 0.0, None))
+            try:
+                recipe = at_absolute_paths(space.recipe_of(self.spec, params))
+            except UserError as error:
+                self._end(number, "failed", str(error))
+                return None
+            self.journal.write_recipe(number, _of_sweep(recipe, self.journal))
+            self._update(number)
+        self.since[number] = (time.monotonic(), self.trials[number].seconds)
+        self.watch.show(self.trials, self.steps)
+        return {"number": number}
+
+    def is_spent(self) -> bool:
+        """Whether the time that the budget gives is used up."""
+        budget, now = self.spec.budget, time.monotonic()
+        if budget.wall_hours is not None and now - self.began >= budget.wall_hours * 3600:
+            return True
+        if budget.gpu_hours is None:
+            return False
+        ended = sum(trial.seconds for trial in self.trials if trial.number not in self.since)
+        running = sum(before + now - start for start, before in self.since.values())
+        return (ended + running) * self.gpus >= budget.gpu_hours * 3600
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: Any
+    ) -> None:
+        number = trial.config["number"]
+        changes: dict[str, Any] = {"run_id": result["run_id"]}
+        if VALUE in result:
+            step, value = result[STEP], result[VALUE]
+            intermediate = self.trials[number].intermediate | {step: value}
+            changes |= {"steps": step, "value": value, "intermediate": intermediate}
+        self._update(number, **changes)
+        if result["state"] != "running":
+            self._end(number, result["state"], result["reason"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        number = trial.config["number"]
+        if self.trials[number].state == "running":
+            self._end(number, "stopped", "others were better at its step")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.watch.say(f"Trial {trial.config['number']} was lost; it is started again, from its latest checkpoint.")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        reason = str(trial.get_error() or "its process was lost").strip().splitlines()[-1]
+        self._end(trial.config["number"], "failed", reason)
+
+    def cut_off(self) -> None:
+        """Say in MLflow that the trials still running do so no more; the journal keeps them as running."""
+        for number in self.since:
+            self._finish_run(number, "KILLED")
+
+    def _end(self, number: int, state: State, reason: str) -> None:
+        self._update(number, state=state)
+        self.since.pop(number, None)
+        if state != "finished":
+            self._finish_run(number, "KILLED" if state == "stopped" else "FAILED", reason)
+        if state == "failed":
+            self.watch.say(f"Trial {number} failed: {reason}")
+
+    def _finish_run(self, number: int, status: Status, reason: str = "") -> None:
+        """Say in MLflow what a trial that is ended from outside cannot say itself."""
+        run = self.journal.run_folder(number).mlflow_run()
+        if run is None:  # it never began
+            return
+        self._update(number, run_id=run["run_id"])
+        tracker = Tracker(self.tracker.tracking_uri, run["run_id"])
+        if reason:
+            tracker.client.set_tag(tracker.run_id, ENDED, reason)
+        tracker.finish(status)
+
+    def _update(self, number: int, **changes: Any) -> None:
+        if number in self.since:
+            start, before = self.since[number]
+            changes["seconds"] = before + time.monotonic() - start
+        self.trials[number] = replace(self.trials[number], **changes)
+        self.journal.write(self.trials[number])
+        self.watch.show(self.trials, self.steps)
+
+
+class _Search(Searcher):
+    """Tune's way to ask the conductor, who keeps all state in the journal: Tune need save none."""
+
+    def __init__(self, conductor: _Conductor) -> None:
+        super().__init__()
+        self._conductor = conductor
+
+    def suggest(self, trial_id: str) -> Any:
+        return self._conductor.next_config()
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save_to_dir(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _Budget(tune.Stopper):
+    def __init__(self, conductor: _Conductor) -> None:
+        self._conductor = conductor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._conductor.is_spent()
+
+
+def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
+    """Have Tune run the trials that are left. Raises SweepStopped if it was interrupted."""
+    spec = setting.spec
+    filesystem, path = storage.arrow_filesystem(setting.journal.uri)
+    # A trial's own process only waits for its workers, which Ray Train places: one byte of memory is what it asks for,
+    # as Tune places nothing that asks for nothing.
+    trainable = tune.with_resources(
+        tune.with_parameters(_run_trial, setting=setting), tune.PlacementGroupFactory([{"memory": 1}])
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_Search(conductor),
+            scheduler=_scheduler(spec, conductor),
+            num_samples=-1,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            stop=_Budget(conductor),
+            failure_config=tune.FailureConfig(max_failures=spec.max_failures),
+            callbacks=[conductor],
+            verbose=0,
+        ),
+    )
+    # Tune ends its trials on Ctrl-C; being ended is being interrupted.
+    # What it logs of a lost trial is for those who develop Tune; on_trial_recover and on_trial_error say it in a line.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        tuner.fit()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        conductor.cut_off()
+    if conductor.since and not conductor.is_spent():
+        raise SweepStopped
+    if conductor.since:
+        conductor.watch.say("The budget is used up; trials that were cut off go on with --resume and a larger one.")
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial-{trial.config['number']:03d}-{trial.trial_id}"
+
+
+def _scheduler(spec: SweepSpec, conductor: _Conductor) -> ASHAScheduler | None:
+    """Tune's, which is told what the trials of an earlier start had reached."""
+    if spec.scheduler is None:
+        return None
+    scheduler = ASHAScheduler(
+        time_attr=STEP,
+        metric=VALUE,
+        mode=spec.objective.mode,
+        max_t=conductor.steps,
+        grace_period=spec.scheduler.grace_steps,
+        reduction_factor=spec.scheduler.reduction,
+        stop_last_trials=False,
+    )
+    for trial in conductor.trials:
+        if trial.state in ("finished", "stopped"):
+            known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
+            scheduler.on_trial_add(None, known)  # type: ignore[arg-type] # ASHA does not look at the controller
+            for step, value in sorted(trial.intermediate.items()):
+                scheduler.on_trial_result(None, known, {STEP: step, VALUE: value})  # type: ignore[arg-type]
+    return scheduler
+
+
+# --- in the process of a trial ---
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the trials of a sweep have in common."""
+
+    spec: SweepSpec
+    journal: Journal
+    tracker: Tracker
+    shared: tuple[str, ...]
+
+
+class _Diverged(Exception):  # noqa: N818 - it ends the trial and no more
+    """The objective is not a number."""
+
+
+def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
+    """What Tune runs: train the trial's recipe, telling Tune of each value of the objective as it comes.
+
+    The values are read from MLflow, which has them in whichever process they were measured, and those from before a
+    restart too. A trial that cannot succeed reports that it failed; any other error has Tune start it again.
+    """
+    number, journal, metric = config["number"], setting.journal, setting.spec.objective.metric
+    os.environ["MLFLOW_TRACKING_URI"] = setting.tracker.tracking_uri
+    recipe, run = load_recipe(journal.recipe(number)), journal.run_folder(number)
+    stage, steps = space.objective_stage(setting.spec, recipe), space.objective_steps(setting.spec, recipe)
+    told = 0
+
+    def tell(state: State, point: tuple[int, float] | None = None, *, reason: str = "") -> None:
+        known = run.mlflow_run()
+        values = {} if point is None else {STEP: point[0], VALUE: point[1]}
+        tune.report({"state": state, "reason": reason, "run_id": known and known["run_id"], **values})
+
+    def tell_new(before: float) -> None:
+        """Of the values up to a step, those that Tune does not know."""
+        nonlocal told
+        known = run.mlflow_run()
+        tracker = find_run(known["run_id"]) if known else None
+        for step, value in sorted(tracker.metric_history(metric)) if tracker else ():
+            if told < step and not math.isfinite(value):
+                raise _Diverged(f"{metric} is {value} at step {step}")
+            if told < step < before:
+                told = step
+                tell("running", (step, value))
+
+    def on_progress(progress: Progress) -> None:
+        try:
+            if progress.stage == stage:
+                tell_new(steps)
+        except SystemExit:  # how Tune ends a trial: its run is to say that it was ended, not that it failed
+            raise RunStopped from None
+
+    try:
+        for shared in setting.shared:
+            _copy_model(RunFolder(storage.join(journal.uri, journal.shared_run)), run, shared)
+        trained = train_recipe(
+            recipe,
+            journal.run_name(number),
+            on_progress=on_progress,
+            on_stop_requested=lambda: None,
+            tags={PARENT: setting.tracker.run_id, KIND: "trial", "medsynth.trial": str(number)},
+        )
+        tell_new(steps)
+        history = dict(trained.tracker.metric_history(metric))
+    except RunStopped:
+        sys.exit()
+    except storage.NotFoundError as error:
+        tell("failed", reason=str(error))
+    except storage.StorageError:
+        raise
+    except (UserError, _Diverged) as error:
+        tell("failed", reason=str(error))
+    else:
+        if history and math.isfinite(history[max(history)]):
+            tell("finished", (max(history), history[max(history)]))
+        else:
+            tell("failed", reason=f"{metric} was not measured, or is not a number: see the run's tags")
+
+
+def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:
+    """Give a run the finished model of another's stage, so that it is not trained again."""
+    if target.has_model(stage):
+        return
+    with storage.local_folder(source.model(stage)) as folder:
+        for path in folder.rglob("*"):
+            if path.is_file() and path.name != COMPLETE:
+                storage.upload_file(path, storage.join(target.model(stage), path.relative_to(folder).as_posix()))
+    target.mark_complete(stage)
