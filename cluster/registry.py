@@ -20,7 +20,7 @@ from mlflow.models import Model, ModelSignature
 
 from cluster import storage
 from cluster.errors import UserError, nearest
-from cluster.tracking import Tracker, artifact_uri, connect, default_tracking_uri, explained
+from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
 
 MODEL_FOLDER = "model"
 CODE_FOLDER = "code"
@@ -110,6 +110,20 @@ class RegisteredModel:
         with explained(tracking_uri, uri):
             found = _find(client, uri)
         return cls(tracking_uri, found.name), _version(found)
+
+    @classmethod
+    def version_of_run(cls, run_id: str) -> Version | None:
+        """The latest version that a run registered; None if there is none, or no server of this environment's.
+
+        Raises UserError if the server that the environment names does not answer.
+        """
+        tracking_uri = default_tracking_uri()
+        if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
+            return None  # to ask would make an empty one
+        client = connect(tracking_uri)
+        with explained(tracking_uri, run_id):
+            found = [_version(version) for version in client.search_model_versions(f"run_id = '{run_id}'")]
+        return max(found, key=lambda version: version.number, default=None)
 
     @property
     def client(self) -> MlflowClient:

@@ -85,6 +85,10 @@ def generate(
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own."),
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
@@ -101,6 +105,7 @@ def generate(
         "guidance_scale": guidance_scale,
         "true_cfg_scale": true_cfg_scale,
         "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
     }
     with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Drawing", total=num_images)

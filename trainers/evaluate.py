@@ -67,7 +67,7 @@ from trainers.fidelity.measures import (
 )
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
-from trainers.generate import default_device, drawing_of, is_model
+from trainers.generate import Drawing, default_device, drawing_of, is_model
 from trainers.model_source import open_model, pinned
 from trainers.recipe import Recipe
 
@@ -111,6 +111,8 @@ class Subject:
     """All that it is drawn with."""
     found: Found | None
     """The images, where no model draws them."""
+    drawing: Drawing | None
+    """How it may be drawn, where a model draws."""
 
 
 def evaluate(
@@ -139,14 +141,15 @@ def evaluate(
     )
     out, cache, pinned_uri = storage.absolute(out), storage.absolute(cache), pinned(model_uri)
     manifest = Manifest.load(request.shards)
-    splits = _splits(request, manifest)
-    _check_request(request, manifest, splits)
-    subject = _inspect(model_uri, pinned_uri, request)
+    splits = splits_of(request, manifest)
+    check_request(request, manifest, splits)
+    subject = inspect_subject(model_uri, pinned_uri, request)
     cost = cost_of_run(subject.record.run_id)
 
-    with _workers(num_workers, device) as (work, device):
+    with workers_of(num_workers, device) as (work, device):
         extractors = [kept_extractor(uri, device if num_workers == 1 else "cpu") for uri in request.extractors]
         asked = asdict(request) | {"splits": splits, "shards": manifest.digest, "device": device}
+        asked |= {"settings": dict(subject.settings)}  # a registered version's own may have changed since
         begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
         if storage.exists(storage.join(out, EVALUATION)):
             return Evaluation.load(out)
@@ -166,10 +169,10 @@ def evaluate(
         is_trained_on = TRAIN in manifest.splits and TRAIN not in splits
         train = look_at([TRAIN], extractors[0]) if is_trained_on else None
         reference = held_out[extractors[0].label]
-        samples = _samples(subject, request, reference)
+        samples = samples_of(subject, request, reference)
         prompts = [sample.prompt for sample in samples]
         source = subject.found or Drawn(
-            pinned_uri, tuple(prompts), request.seed, request.settings, device, default_tracking_uri()
+            pinned_uri, tuple(prompts), request.seed, subject.settings, device, default_tracking_uri()
         )
         shares = shares_of(len(samples), request.batch_size)
         deque(work("Drawing", ShareWorker(source, request.extractors, device, out), shares, on_progress), maxlen=0)
@@ -181,8 +184,8 @@ def evaluate(
     for number, extractor in enumerate(extractors):
         on_progress("Measuring", number, len(extractors))
         generated, real = seen[extractor.label], held_out[extractor.label]
-        measures |= _measures(extractor, generated, real, request.seed)
-        aligned, of_samples = _alignment(extractor, generated, real, prompts, request.seed)
+        measures |= feature_measures(extractor, generated, real, request.seed)
+        aligned, of_samples = alignment_measures(extractor, generated, real, prompts, request.seed)
         measures |= aligned
         scores |= of_samples
     measures |= diversity_measures(lambda rows: _pixels(out, rows), prompts, seed=request.seed)
@@ -293,7 +296,7 @@ def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
 
 
 @contextmanager
-def _workers(num_workers: int, device: str | None) -> Iterator[tuple[Callable[..., Iterator[Any]], str]]:
+def workers_of(num_workers: int, device: str | None) -> Iterator[tuple[Callable[..., Iterator[Any]], str]]:
     """A function (what, make_worker, shares, on_progress) -> results in order, run here or by Ray actors; and the
     device that it runs on, which on a cluster need not be this machine's."""
 
@@ -331,7 +334,7 @@ def _name_of(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "GPU of another machine"
 
 
-def _check_request(request: Request, manifest: Manifest, splits: Sequence[str]) -> None:
+def check_request(request: Request, manifest: Manifest, splits: Sequence[str]) -> None:
     """Raise UserError for what would fail after everything was drawn."""
     shares_of_images(request.shards, manifest, splits)
     held_out = sum(shard.num_samples for split in splits for shard in manifest.split(split))
@@ -348,7 +351,7 @@ def _check_request(request: Request, manifest: Manifest, splits: Sequence[str]) 
         )
 
 
-def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
+def splits_of(request: Request, manifest: Manifest) -> tuple[str, ...]:
     splits = request.splits or tuple(split for split in manifest.splits if split != TRAIN)
     if not splits:
         raise UserError(f"{request.shards} has only a train split: name it with --split, or write shards with others")
@@ -357,14 +360,14 @@ def _splits(request: Request, manifest: Manifest) -> tuple[str, ...]:
     return splits
 
 
-def _inspect(model_uri: str, pinned_uri: str, request: Request) -> Subject:
+def inspect_subject(model_uri: str, pinned_uri: str, request: Request) -> Subject:
     """Look at what is judged. Raises UserError if it is neither a model nor a folder of images."""
     with open_model(pinned_uri) as source:
         if not is_model(source.folder):
             found = Found.in_folder(pinned_uri, request.num_samples)
             record = ModelRecord(uri=model_uri, name=source.name, digest=found.digest)
-            return Subject(record, found.resolution, {}, found)
-        drawing = drawing_of(source.folder, name=model_uri)
+            return Subject(record, found.resolution, {}, found, None)
+        drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
         record = ModelRecord(
             uri=model_uri,
             name=source.name,
@@ -373,10 +376,10 @@ def _inspect(model_uri: str, pinned_uri: str, request: Request) -> Subject:
             num_parameters=num_parameters(source.folder),
             run_id=source.run_id,
         )
-        return Subject(record, drawing.resolution, drawing.arguments(request.settings), None)
+        return Subject(record, drawing.resolution, drawing.arguments(request.settings), None, drawing)
 
 
-def _samples(subject: Subject, request: Request, reference: ReferenceFeatures) -> list[SampleRecord]:
+def samples_of(subject: Subject, request: Request, reference: ReferenceFeatures) -> list[SampleRecord]:
     """The prompts, each a caption of a real image; the first ones are the same however many there are."""
     if subject.found:
         return [SampleRecord(prompt=prompt) for prompt in subject.found.prompts]
@@ -392,7 +395,7 @@ def _samples(subject: Subject, request: Request, reference: ReferenceFeatures) -
     return samples
 
 
-def _measures(
+def feature_measures(
     extractor: Extractor, generated: NDArray[np.float32], real: ReferenceFeatures, seed: int
 ) -> dict[str, Measure]:
     """What one extractor's features tell of the images, whatever they were drawn for."""
@@ -403,7 +406,7 @@ def _measures(
     return measures
 
 
-def _alignment(
+def alignment_measures(
     extractor: Extractor, generated: NDArray[np.float32], real: ReferenceFeatures, prompts: Sequence[str], seed: int
 ) -> tuple[dict[str, Measure], dict[str, NDArray[np.float64]]]:
     """Do images show their prompts? Figures, and each sample's score [N], NaN where it has no prompt to be held to."""

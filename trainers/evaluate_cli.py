@@ -19,6 +19,7 @@ from trainers.evaluation_options import (
     ImagesPerPrompt,
     NumInferenceSteps,
     NumSamples,
+    Sampler,
     Seed,
     Splits,
     TrueCFGScale,
@@ -47,6 +48,7 @@ def evaluate(
     guidance_scale: GuidanceScale = None,
     true_cfg_scale: TrueCFGScale = None,
     num_inference_steps: NumInferenceSteps = None,
+    sampler: Sampler = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     workers: Workers = 1,
@@ -76,6 +78,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,
+        sampler=sampler,
     )
     console.print(f"Evaluation in [bold]{place}[/]; cut off, it goes on with --out {place}", soft_wrap=True)
     with progress_lines(console) as on_progress:

@@ -25,6 +25,9 @@ Extractors = Annotated[
 GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")]
 TrueCFGScale = Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")]
 NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
@@ -43,7 +46,7 @@ def request_of(
     extractors: Sequence[str] | None,
     seed: int,
     batch_size: int,
-    **settings: float | None,
+    **settings: float | str | None,
 ) -> "Request":
     """The evaluation that the options ask for; `settings` are those of drawing, None where the model's own hold."""
     from trainers.evaluate import Request

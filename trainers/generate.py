@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.weights import local_weights
 from data_shards import derive_seed
-from trainers.model_source import open_model
+from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
+from trainers.msdm.unet import SAMPLERS, sampler_named
 
 RECIPE = "recipe.yaml"
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
@@ -27,6 +28,7 @@ PIPELINE_FILES = ("model_index.json", "*/*")
 ADAPTERS = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
+FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
 
 
@@ -37,12 +39,22 @@ class Drawing:
     family: str
     resolution: int
     defaults: Mapping[str, Any]
+    samplers: tuple[str, ...]
+    """That the setting `sampler` may name."""
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults, with `settings` in their place. Raises UserError for a setting the model does not know."""
+        """The defaults, with `settings` in their place.
+
+        Raises UserError for a setting that the model does not know, or a sampler that it is not drawn with.
+        """
         if unknown := sorted(settings.keys() - self.defaults.keys()):
             raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(self.defaults)}")
-        return {**self.defaults, **settings}
+        arguments = {**self.defaults, **settings}
+        if arguments["sampler"] not in self.samplers:
+            raise UserError(
+                f"this model has no sampler '{arguments['sampler']}': choose one of {', '.join(self.samplers)}"
+            )
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class Model:
     ) -> list[Image.Image]:
         """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
         arguments = self.drawing.arguments(settings)
+        if self.drawing.family == "flux":
+            del arguments["sampler"]  # it has one alone
         images: list[Image.Image] = self.pipeline(
             list(prompts),
             **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(prompts)},
@@ -71,14 +85,16 @@ def load_model(model_uri: str, device: str | None = None) -> Model:
     Raises UserError when there is no such model or it is of no known kind.
     """
     with open_model(model_uri) as source:
-        return load_pipeline(source.folder, device, name=model_uri)
+        return load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
 
 
-def load_pipeline(folder: Path, device: str | None = None, *, name: str) -> Model:
-    """Open the model in a local folder; errors call it `name`."""
+def load_pipeline(
+    folder: Path, device: str | None = None, *, name: str, sampling: Mapping[str, Any] = NO_SAMPLING
+) -> Model:
+    """Open the model in a local folder; errors call it `name`. `sampling` takes the place of its own defaults."""
     diffusers_logging.disable_progress_bar()  # opening is quick; the pictures have a bar of their own
     transformers_logging.disable_progress_bar()
-    drawing = drawing_of(folder, name=name)
+    drawing = drawing_of(folder, name=name, sampling=sampling)
     device = device or default_device()
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
     precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
@@ -99,8 +115,16 @@ def is_model(folder: Path) -> bool:
     return (folder / INDEX).is_file() or ((folder / ADAPTERS).is_file() and (folder / RECIPE).is_file())
 
 
-def drawing_of(folder: Path, *, name: str) -> Drawing:
-    """How the model in a local folder draws. Raises UserError, which calls it `name`, if it is of no known kind."""
+def drawing_of(folder: Path, *, name: str, sampling: Mapping[str, Any] = NO_SAMPLING) -> Drawing:
+    """How the model in a local folder draws; `sampling` takes the place of its own defaults.
+
+    Raises UserError, which calls it `name`, if it is of no known kind, or is not drawn with what `sampling` holds.
+    """
+    own = _own_drawing(folder, name)
+    return replace(own, defaults=own.arguments(sampling))
+
+
+def _own_drawing(folder: Path, name: str) -> Drawing:
     if not is_model(folder):
         raise UserError(f"{name} holds no diffusers pipeline: {INDEX} is not there")
     if (folder / ADAPTERS).is_file():
@@ -134,7 +158,8 @@ def generate(
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
     Picture i depends on (seed, i) alone. Each file carries what made it in its text fields. `settings` are
-    negative_prompt, guidance_scale, true_cfg_scale and num_inference_steps, as far as they are not the model's own.
+    negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps and sampler, as far as they are not the
+    model's own.
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
@@ -185,12 +210,18 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
     unet, vae = (json.loads((folder / component / "config.json").read_text()) for component in ("unet", "vae"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    sampler = sampler_named(scheduler)
+    if sampler is None:
+        raise UserError(f"the model's sampler is {scheduler}; known are {', '.join(SAMPLERS)}")
     defaults = {
         "negative_prompt": "",
         "guidance_scale": index["default_guidance_scale"],
         "num_inference_steps": index["default_num_inference_steps"],
+        "sampler": sampler,
     }
-    return Drawing("msdm", unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1), defaults)
+    resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS))
 
 
 def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:
@@ -202,8 +233,9 @@ def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:
         "guidance_scale": sampling["guidance_scale"],
         "true_cfg_scale": sampling["true_cfg_scale"],
         "num_inference_steps": sampling["num_inference_steps"],
+        "sampler": FLUX_SAMPLERS[0],
         "height": resolution,
         "width": resolution,
         "max_sequence_length": recipe["max_tokens"] if recipe else FLUX_DEV_MAX_TOKENS,
     }
-    return Drawing("flux", resolution, defaults)
+    return Drawing("flux", resolution, defaults, FLUX_SAMPLERS)

@@ -2,10 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from cluster import storage
 from cluster.errors import UserError
@@ -14,6 +16,11 @@ from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe
 from trainers.run_folder import RunFolder
+
+SAMPLING_TAG = "sampling."
+SAMPLING_TYPES = {"guidance_scale": float, "true_cfg_scale": float, "num_inference_steps": int, "sampler": str}
+"""What the tags sampling.NAME of a registered version may say of how it is drawn, in place of what its model says."""
+NO_SAMPLING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class ModelSource:
     """For headings."""
     run_id: str | None
     """The MLflow run that trained it, as far as is known."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that its registered version is drawn with, where they are not the model's own."""
 
 
 def pinned(uri: str) -> str:
@@ -47,11 +56,12 @@ def open_model(uri: str) -> Iterator[ModelSource]:
         if uri.startswith("models:/"):
             model, version = RegisteredModel.of(uri)
             name, run_id = f"{model.name} {version.number}", version.run_id
+            sampling: Mapping[str, Any] = sampling_of(version.tags, uri)
         else:
             run_id = uri.removeprefix("runs:/").partition("/")[0]
-            name = f"run {run_id}"
+            name, sampling = f"run {run_id}", NO_SAMPLING
         with model_folder(uri) as folder:
-            yield ModelSource(folder, name, run_id)
+            yield ModelSource(folder, name, run_id, sampling)
         return
     place = uri.rstrip("/")
     if CHECKPOINT.fullmatch(place.rpartition("/")[2]):
@@ -67,6 +77,24 @@ def open_model(uri: str) -> Iterator[ModelSource]:
     else:
         with storage.local_folder(place) as folder:
             yield ModelSource(folder, place, None)
+
+
+def sampling_of(tags: Mapping[str, str], uri: str) -> dict[str, Any]:
+    """The settings among a version's tags. Raises UserError, which calls it `uri`, for one that cannot be read."""
+    settings = {}
+    for name, kind in SAMPLING_TYPES.items():
+        tag = f"{SAMPLING_TAG}{name}"
+        if tag in tags:
+            try:
+                settings[name] = kind(tags[tag])
+            except ValueError:
+                raise UserError(f"{uri}: its tag {tag} is {tags[tag]!r}: make it a number, or remove it") from None
+    return settings
+
+
+def sampling_tags(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The tags that say so; `sampling_of` reads them."""
+    return {f"{SAMPLING_TAG}{name}": str(settings[name]) for name in SAMPLING_TYPES if name in settings}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from trainers.evaluation_options import (
     ImagesPerPrompt,
     NumInferenceSteps,
     NumSamples,
+    Sampler,
     Seed,
     Splits,
     TrueCFGScale,
@@ -45,6 +46,7 @@ def promote(
     guidance_scale: GuidanceScale = None,
     true_cfg_scale: TrueCFGScale = None,
     num_inference_steps: NumInferenceSteps = None,
+    sampler: Sampler = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     workers: Workers = 1,
@@ -94,6 +96,7 @@ def promote(
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,
+        sampler=sampler,
     )
 
     def real_features(evaluation: Evaluation, label: str) -> Features:

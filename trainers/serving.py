@@ -4,7 +4,9 @@ This file is stored with the model as its code (MLflow's models from code), so t
 it imports lies beside it in code/: `mlflow models serve -m models:/NAME@champion --env-manager local`.
 """
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,7 +19,11 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, Schema
 
 from cluster.errors import UserError
-from trainers.generate import about_pictures, load_model, png
+from cluster.registry import RegisteredModel
+from trainers.generate import about_pictures, load_pipeline, png
+from trainers.model_source import NO_SAMPLING, sampling_of
+
+logger = logging.getLogger(__name__)
 
 SIGNATURE = ModelSignature(
     inputs=Schema(
@@ -37,12 +43,13 @@ SMALLEST = {"guidance_scale": 0, "num_inference_steps": 1, "seed": 0}
 class PromptToPNG(PythonModel):
     """Draws each row by itself: its picture is the first that `medsynth generate` draws for the same prompt and seed.
 
-    What a row leaves out is the model's own; the seed is 0.
+    What a row leaves out is what the version's tags say when it is loaded, else the model's own; the seed is 0.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model = load_model(context.artifacts["pipeline"])
         self.model_uri = str(context.model_config["model_uri"])
+        folder, sampling = Path(context.artifacts["pipeline"]), _registered_sampling(self.model_uri)
+        self.model = load_pipeline(folder, name=self.model_uri, sampling=sampling)
         self.one_at_a_time = Lock()  # MLflow answers requests on threads, and a pipeline has one noise scheduler
 
     def predict(
@@ -66,6 +73,16 @@ class PromptToPNG(PythonModel):
         except UserError as error:
             raise _refused(str(error)) from None
         return png(image, about_pictures(self.model_uri, prompt, seed, self.model.drawing.arguments(given)))
+
+
+def _registered_sampling(model_uri: str) -> Mapping[str, Any]:
+    """What the version that runs:/ID/model became is drawn with. It is served also where nobody can tell."""
+    try:
+        version = RegisteredModel.version_of_run(model_uri.removeprefix("runs:/").partition("/")[0])
+    except UserError as error:
+        logger.warning("the model is drawn with its own settings, whatever its version's tags say: %s", error)
+        return NO_SAMPLING
+    return sampling_of(version.tags, model_uri) if version else NO_SAMPLING
 
 
 def _refused(message: str) -> MlflowException:

@@ -1,9 +1,14 @@
-"""A small sweep as plain data, over the small recipe."""
+"""A small sweep as plain data; a tiny model, real images and an extractor, as evaluations have them."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.trainers.conftest import pipeline
+from tests.trainers.test_evaluate import extractor, real_shards
+
+__all__ = ["extractor", "pipeline", "real_shards", "sweep_document"]
 
 
 @pytest.fixture

@@ -101,7 +101,12 @@ def test_a_model_is_judged(judge: Judge, model: str, real_shards: str, request_:
     assert (found.reference.splits, found.reference.num_images) == (("validation",), 32)
     assert found.reference.num_training_images == 32
     assert found.generation is not None
-    assert found.generation.settings == {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 1.5}
+    assert found.generation.settings == {
+        "negative_prompt": "",
+        "num_inference_steps": 2,
+        "guidance_scale": 1.5,
+        "sampler": "dpm-solver++",
+    }
     metrics = {"fid", "fid_infinity", "kid", "cmmd", "precision", "recall", "f1", "density", "coverage"}
     copies = {"copy_rate", "nearer_to_training", "nearer_to_training_p_value", "caption_alignment"}
     assert found.measures.keys() == {f"{name}_transformers_tiny_vit" for name in metrics | copies} | {"ms_ssim"}

@@ -111,7 +111,7 @@ def test_true_guidance_and_embedded_guidance_both_change_the_picture(flux_folder
 
     def draw(**settings: Any) -> Tensor:
         arguments = {
-            **model.drawing.defaults,
+            **{name: value for name, value in model.drawing.defaults.items() if name != "sampler"},
             "height": 32,
             "width": 32,
             "num_inference_steps": 2,
@@ -127,6 +127,18 @@ def test_true_guidance_and_embedded_guidance_both_change_the_picture(flux_folder
     assert not torch.equal(plain, draw(guidance_scale=7.0))
     assert not torch.equal(plain, draw(true_cfg_scale=4.0))
     assert not torch.equal(draw(true_cfg_scale=4.0), draw(true_cfg_scale=4.0, negative_prompt="a normal colon"))
+
+
+def test_it_has_one_sampler(flux_folder: Path) -> None:
+    model = load_model(str(flux_folder), device="cpu")
+    settings = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 16}
+    pictures = [
+        model.draw(["a polyp"], [0], seed=0, settings=settings | chosen)[0].tobytes()
+        for chosen in ({}, {"sampler": "euler"})
+    ]
+    assert pictures[0] == pictures[1]
+    with pytest.raises(UserError, match="has no sampler 'ddim': choose one of euler"):
+        model.drawing.arguments({"sampler": "ddim"})
 
 
 def test_a_wrong_guidance_embedding_is_told_before_training(flux_recipe: FluxRecipe) -> None:

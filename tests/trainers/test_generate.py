@@ -17,7 +17,9 @@ def model(pipeline: MSDMPipeline, tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def draw(model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0) -> list[Path]:
+def draw(
+    model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0, **settings: str
+) -> list[Path]:
     return generate(
         model,
         "a large polyp",
@@ -25,7 +27,7 @@ def draw(model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, see
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
-        settings={"guidance_scale": 3.5, "num_inference_steps": 2},
+        settings={"guidance_scale": 3.5, "num_inference_steps": 2} | settings,
         device="cpu",
     )
 
@@ -52,6 +54,19 @@ def test_a_picture_says_what_made_it(model: str, tmp_path: Path) -> None:
     assert last.info["Description"] == "Synthetic image, made by a generative model"
     made_with = [last.info[name] for name in ("seed", "number", "guidance_scale", "num_inference_steps", "model")]
     assert made_with == ["5", "2", "3.5", "2", model]
+
+
+def test_a_sampler_is_chosen_and_recorded(model: str, tmp_path: Path) -> None:
+    (path,) = draw(model, tmp_path / "own", num_images=1)
+    own = Image.open(path)
+    same, other = (
+        Image.open(draw(model, tmp_path / name, num_images=1, sampler=name)[0]) for name in ("dpm-solver++", "ddim")
+    )
+    assert [picture.info["sampler"] for picture in (own, same, other)] == ["dpm-solver++", "dpm-solver++", "ddim"]
+    assert own.tobytes() == same.tobytes() != other.tobytes()
+    with pytest.raises(UserError, match=r"has no sampler 'ddmi': choose one of ddpm, ddim, dpm-solver\+\+"):
+        draw(model, tmp_path / "wrong", sampler="ddmi")
+    assert not list((tmp_path / "wrong").glob("*.png"))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -11,15 +11,22 @@ from torch import Tensor
 
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.export import PIPELINE_FILE, export_pipeline
-from trainers.msdm.unet import build_scheduler
+from trainers.msdm.unet import SAMPLERS, build_scheduler
 from trainers.msdm.vae import decode_latents, set_channel_statistics, standardize
 from trainers.recipe import MSDMRecipe
 
 
-def draw(pipeline: MSDMPipeline, prompts: list[str], *, guidance_scale: float = 3.5) -> Tensor:
+def draw(
+    pipeline: MSDMPipeline, prompts: list[str], *, guidance_scale: float = 3.5, sampler: str | None = None
+) -> Tensor:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     images: Tensor = pipeline(
-        prompts, guidance_scale=guidance_scale, num_inference_steps=3, generator=generators, output_type="pt"
+        prompts,
+        guidance_scale=guidance_scale,
+        num_inference_steps=3,
+        sampler=sampler,
+        generator=generators,
+        output_type="pt",
     ).images
     return images
 
@@ -61,6 +68,29 @@ def test_every_sampler_repeats_itself(pipeline: MSDMPipeline, recipe: MSDMRecipe
     first, second = draw(pipeline, ["a polyp"]), draw(pipeline, ["a polyp"])
     assert torch.isfinite(first).all()
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("own", ["ddpm", "ddim", "dpm-solver++"])
+def test_another_sampler_keeps_the_noise_schedule(
+    pipeline: MSDMPipeline, recipe: MSDMRecipe, tmp_path: Path, own: str
+) -> None:
+    """A saved model draws by each sampler as if it had been saved with it, whichever is its own."""
+    noise = recipe.denoiser.noise.model_copy(update={"beta_end": 0.015, "zero_terminal_snr": True})
+
+    def with_scheduler(name: str) -> MSDMPipeline:
+        pipeline.scheduler = build_scheduler(noise, recipe.sampling.model_copy(update={"scheduler": name}))
+        return pipeline
+
+    with_scheduler(own).save_pretrained(tmp_path)
+    saved = MSDMPipeline.from_pretrained(tmp_path)
+    saved.set_progress_bar_config(disable=True)
+    before = draw(saved, ["a polyp"])
+    drawn = {name: draw(saved, ["a polyp"], sampler=name) for name in SAMPLERS}
+    assert torch.equal(drawn[own], before)
+    for name, picture in drawn.items():
+        assert torch.equal(picture, draw(with_scheduler(name), ["a polyp"])), name
+    assert torch.equal(draw(saved, ["a polyp"]), before)  # the model's own is as it was
+    assert len({picture.numpy().tobytes() for picture in drawn.values()}) == len(SAMPLERS)
 
 
 def test_padding_tokens_do_not_reach_the_picture(pipeline: MSDMPipeline) -> None:

@@ -104,9 +104,18 @@ def test_loaded_by_mlflow_it_draws_what_generate_draws(
     _, version = RegisteredModel.of(registered)
     assert about["model"] == f"runs:/{version.run_id}/model"
 
-    # What a row leaves out is the model's own, and the seed is 0.
+    # What a row leaves out is the version's or else the model's own, and the seed is 0.
     (png,) = model.predict([{"prompt": "a large polyp"}])["png"]
     assert np.array_equal(pixels(png), drawn(registered, tmp_path / "c", seed=0))
+    assert Image.open(io.BytesIO(png)).info["num_inference_steps"] == "30"
+    tags = {"sampling.num_inference_steps": "3", "sampling.guidance_scale": "1.5", "sampling.sampler": "ddim"}
+    for name, value in tags.items():
+        MlflowClient().set_model_version_tag("tiny", "1", name, value)
+    (tuned,) = mlflow.pyfunc.load_model(registered).predict([{"prompt": "a large polyp"}])["png"]
+    told = Image.open(io.BytesIO(tuned)).info
+    assert {name: told[name.removeprefix("sampling.")] for name in tags} == tags
+    assert np.array_equal(pixels(tuned), drawn(registered, tmp_path / "d", seed=0))
+    assert not np.array_equal(pixels(tuned), pixels(png))
     for wrong, said in (
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
         ({"prompt": "a", "seed": -1}, "seed must be at least 0, not -1"),

@@ -23,7 +23,7 @@ from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, open_image, to_rgb
 from trainers.fidelity.extractors import Extractor, kept_extractor
-from trainers.generate import about_pictures, load_model, png
+from trainers.generate import Model, about_pictures, load_model, png
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 Share = Sequence[int]
@@ -51,7 +51,10 @@ class Drawn:
 
     def open(self) -> Pictures:
         os.environ.setdefault("MLFLOW_TRACKING_URI", self.tracking_uri)
-        model = load_model(self.model_uri, self.device)
+        return self.by(load_model(self.model_uri, self.device))
+
+    def by(self, model: Model) -> Pictures:
+        """As `open`, where the model is open already."""
         arguments = model.drawing.arguments(self.settings)
 
         def pictures(share: Share) -> list[tuple[Image.Image, Mapping[str, str]]]:
@@ -130,21 +133,23 @@ class ShareWorker:
         pictures = self.source.open()
         extractors = [kept_extractor(uri, self.device) for uri in self.extractors]
 
-        def work(share: Share) -> None:
-            if storage.exists(share_uri(self.out, share)):
-                return
-            started = time.perf_counter()
-            drawn = pictures(share)
-            seconds = time.perf_counter() - started
-            for number, (image, about) in zip(share, drawn, strict=True):
-                storage.write_bytes(sample_uri(self.out, number), png(image, about))
-            pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image, _ in drawn])
-            seen = {"seconds": np.array([seconds])}
-            for extractor in extractors:
-                seen |= _features(extractor, pixels)
-            storage.write_bytes(share_uri(self.out, share), safetensors.numpy.save(seen))
+        return lambda share: draw_share(share, pictures, extractors, self.out)
 
-        return work
+
+def draw_share(share: Share, pictures: Pictures, extractors: Sequence[Extractor], out: str) -> None:
+    """Draw a share's images, extract their features and put both into `out`, if they are not there."""
+    if storage.exists(share_uri(out, share)):
+        return
+    started = time.perf_counter()
+    drawn = pictures(share)
+    seconds = time.perf_counter() - started
+    for number, (image, about) in zip(share, drawn, strict=True):
+        storage.write_bytes(sample_uri(out, number), png(image, about))
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image, _ in drawn])
+    seen = {"seconds": np.array([seconds])}
+    for extractor in extractors:
+        seen |= _features(extractor, pixels)
+    storage.write_bytes(share_uri(out, share), safetensors.numpy.save(seen))
 
 
 def _features(extractor: Extractor, pixels: Tensor) -> dict[str, NDArray[np.float32]]:

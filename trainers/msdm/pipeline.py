@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.msdm.text_encoder import tokenize
+from trainers.msdm.unet import another_sampler, sampler_named
 from trainers.msdm.vae import decode_latents
 
 
@@ -49,6 +50,7 @@ class MSDMPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
+        sampler: str | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -59,6 +61,7 @@ class MSDMPipeline(DiffusionPipeline):
         Args:
             negative_prompt: takes the place of the empty prompt; one for all, or one for each prompt.
             guidance_scale: w in  uncond + w (cond - uncond);  1 is the plain conditional prediction, at half the cost.
+            sampler: one of trainers.msdm.unet.SAMPLERS on the model's own noise schedule; None: the model's own.
             generator: one for all, or one for each prompt, which makes a picture independent of its neighbours.
             latents: initial noise [B, C, h, w], instead of drawing it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]).
@@ -74,20 +77,21 @@ class MSDMPipeline(DiffusionPipeline):
             prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
             prompt_mask = torch.cat([negative_mask, prompt_mask])
         latents = self.initial_latents(len(prompts), generator) if latents is None else latents.to(self.device)
-        self.scheduler.set_timesteps(steps, device=self.device)
-        latents = latents * self.scheduler.init_noise_sigma
-        step_arguments = self._scheduler_arguments(generator)
+        scheduler = self._scheduler(sampler)
+        scheduler.set_timesteps(steps, device=self.device)
+        latents = latents * scheduler.init_noise_sigma
+        step_arguments = _scheduler_arguments(scheduler, generator)
 
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for timestep in self.progress_bar(scheduler.timesteps):
             model_input = torch.cat([latents, latents]) if is_guided else latents
-            model_input = self.scheduler.scale_model_input(model_input, timestep)
+            model_input = scheduler.scale_model_input(model_input, timestep)
             prediction = self.unet(
                 model_input, timestep, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
             )[0]
             if is_guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+            latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
 
         images = (decode_latents(self.vae, latents) / 2 + 0.5).clamp(0, 1)
         return self._output(images, output_type, return_dict)
@@ -108,11 +112,10 @@ class MSDMPipeline(DiffusionPipeline):
             noise = torch.stack([torch.randn(shape, generator=one) for one in generator])
         return noise.to(self.device, self.unet.dtype)
 
-    def _scheduler_arguments(self, generator: Any) -> dict[str, Any]:
-        """Stochastic samplers draw noise at each step, which must come from the caller's generators."""
-        if "generator" not in inspect.signature(self.scheduler.step).parameters:
-            return {}
-        return {"generator": list(generator) if isinstance(generator, Sequence) else generator}
+    def _scheduler(self, sampler: str | None) -> SchedulerMixin:
+        if sampler is None or sampler == sampler_named(type(self.scheduler).__name__):
+            return self.scheduler
+        return another_sampler(self.scheduler, sampler)
 
     def _output(self, images: Tensor, output_type: str, return_dict: bool) -> Any:
         output: Any = images
@@ -121,3 +124,10 @@ class MSDMPipeline(DiffusionPipeline):
         if output_type == "pil":
             output = [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in output]
         return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+
+def _scheduler_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
+    """Stochastic samplers draw noise at each step, which must come from the caller's generators."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": list(generator) if isinstance(generator, Sequence) else generator}

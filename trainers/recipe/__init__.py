@@ -47,6 +47,7 @@ __all__ = [
     "UNetArchitecture",
     "VAEArchitecture",
     "VAEStage",
+    "apply_override",
     "at_absolute_paths",
     "dump_recipe",
     "explain",
@@ -70,7 +71,7 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(document, dict):
         raise UserError(f"{uri} holds no recipe: expected keys such as 'name' and 'data' at its top level")
     for override in overrides:
-        _apply_override(document, override)
+        apply_override(document, override)
     family = document.get("family", "msdm")
     if family not in FAMILIES:
         raise UserError(f"{uri}: family: '{family}' is unknown, there are {', '.join(FAMILIES)}")
@@ -100,7 +101,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Change a key of a document of nested blocks as `a.b=value` says. Raises UserError if that cannot be read."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: write it as key=value, for example data.resolution=64")

@@ -1,0 +1,71 @@
+"""What a guidance sweep found, as a document: SWEEP/sweep.json."""
+
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from cluster import storage
+from cluster.errors import UserError
+from trainers.fidelity.evaluation import ExtractorRecord, Measure, ModelRecord, Record, Reference, SampleRecord
+
+SWEEP = "sweep.json"
+
+
+class SettingResult(Record):
+    """What was found with one setting."""
+
+    name: str
+    """Of its folder below settings/."""
+    setting: dict[str, Any]
+    measures: dict[str, Measure]
+    seconds_per_image: float
+
+
+class GuidanceSweep(Record):
+    """The document of a sweep."""
+
+    format_version: Literal[1] = 1
+    created: str
+    """ISO 8601, UTC."""
+    medsynth_version: str
+    git_commit: str
+    model: ModelRecord
+    reference: Reference
+    seed: int
+    images_per_prompt: int
+    batch_size: int
+    resolution: int
+    device: str
+    extractors: dict[str, ExtractorRecord]
+    samples: tuple[SampleRecord, ...]
+    """Drawn with every setting."""
+    fidelity: str
+    """Name of the measure that the front has beside alignment."""
+    alignment: str
+    settings: tuple[SettingResult, ...]
+    front: tuple[str, ...]
+    """Names of the settings that no other one beats in both, the most faithful first."""
+    recommended: str
+    rule: str
+    """How that one was chosen."""
+
+    @classmethod
+    def load(cls, folder: str) -> "GuidanceSweep":
+        """Read a sweep's document. Raises UserError if there is none or it is damaged."""
+        uri = storage.join(folder, SWEEP)
+        try:
+            return cls.model_validate_json(storage.read_bytes(uri))
+        except storage.NotFoundError:
+            raise UserError(f"no guidance sweep at {folder}: {SWEEP} is not there") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
+
+    def result(self, name: str) -> SettingResult:
+        return next(result for result in self.settings if result.name == name)
+
+    @property
+    def best(self) -> SettingResult:
+        """The recommended setting's."""
+        return self.result(self.recommended)
