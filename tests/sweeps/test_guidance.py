@@ -167,7 +167,7 @@ def test_mistakes_are_told_before_anything_is_drawn(sweep: Sweep, model: str, tm
         ({"guidance_scales": [-1]}, "guidance_scale must be at least 0, not -1"),
         ({"num_inference_steps": [0]}, "num_inference_steps must be at least 1, not 0"),
         ({"fidelity": "kdi"}, "there is no fidelity 'kdi' to sweep by: choose one of fid, kid"),
-        ({"num_samples": 8}, "at least 16 generated and 16 real images, these are 8 and 32"),
+        ({"num_samples": 8}, "32 real images in validation and 8 samples: figures need at least 16 of each"),
     ):
         with pytest.raises(UserError, match=said):
             sweep(model, str(tmp_path / said[:8]), **changes)
