@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from cluster.errors import UserError
 from data_shards.cli import app as shards
+from sweeps import cli as sweeps
 from trainers import cli as trainers
 from trainers import compare_cli, evaluate_cli, promote_cli
 
@@ -27,6 +28,7 @@ app.add_typer(shards, name="shards", help="Turn a data set into shards, and look
 shards.command()(trainers.precompute)
 app.command()(trainers.train)
 app.command()(trainers.generate)
+app.command()(sweeps.sweep)
 app.command()(evaluate_cli.evaluate)
 app.command()(compare_cli.compare)
 app.command()(promote_cli.promote)

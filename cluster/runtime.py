@@ -28,6 +28,9 @@ FORWARDED_VARIABLES = (
 )
 CONNECT_SECONDS = 10
 ACCELERATOR_TYPE = "accelerator_type:"
+ANYWHERE = "DEFAULT"
+"""Scheduling strategy, by Ray's word, of what may run outside the placement group of whoever starts it: a sweep's trial
+is given next to nothing by Tune, and its tasks would have to fit in there."""
 
 
 @contextmanager
@@ -122,7 +125,11 @@ def map_actors(
     Raises what a worker raises, as itself; UserError when no actor could ever be placed, or a share kills its actors.
     """
     _check_holds(CPU=cpus_per_actor, GPU=gpus_per_actor)
-    hire: Any = ray.remote(_Actor).options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor).remote
+    hire: Any = (
+        ray.remote(_Actor)
+        .options(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, scheduling_strategy=ANYWHERE)
+        .remote
+    )
     waiting = deque(range(len(shares)))
     busy: dict[Any, tuple[Any, int | None, Any]] = {}  # end of a call: its actor, share (None: starting) and result
     finished: dict[int, Any] = {}

@@ -1,6 +1,8 @@
 """The command `medsynth sweep`."""
 
+import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import UserError
+from sweeps.guidance_cli import run_guidance_sweep
+from sweeps.guidance_spec import load_guidance_spec
 from sweeps.spec import SweepSpec, Trial, load_spec
+from trainers.evaluation_options import Cache, Device, Workers
+from trainers.recipe import read_document
 
 if TYPE_CHECKING:
     from sweeps.tune import Swept
@@ -23,28 +29,103 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
+OVER_RECIPES, OVER_GUIDANCE = "a sweep over recipes", "a sweep over guidance"
+OPTIONS = {OVER_RECIPES: {"run", "resume"}, OVER_GUIDANCE: {"guidance", "data", "out", "workers", "device", "cache"}}
+"""Options that only some sweeps have."""
 
 
 def sweep(
-    spec: Annotated[str, typer.Argument(help="Specification: a YAML file or s3:// URI.")],
-    run: Annotated[str | None, typer.Option(help="Name of a new sweep.")] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="Name of a sweep that was cut off: it goes on, and repeats nothing.")
+    context: typer.Context,
+    spec: Annotated[
+        str | None,
+        typer.Argument(help="Specification of a sweep over recipes or over guidance: YAML file or s3:// URI."),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change a key of the specification, as budget.trials=4; fixed.… takes a recipe's key."
+        ),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Name of a new sweep.", rich_help_panel="Over recipes")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a sweep that was cut off: it goes on, and repeats nothing.", rich_help_panel="Over recipes"
+        ),
+    ] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Draw this trained model over guidance scales, steps and samplers; nothing is trained.",
+            rich_help_panel="Over guidance",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Shards of real images: a folder or s3:// prefix.", rich_help_panel="Over guidance"),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3:// prefix; one that was cut off goes on. Default: sweeps-out/…",
+            rich_help_panel="Over guidance",
+        ),
+    ] = None,
+    workers: Workers = 1,
+    device: Device = None,
+    cache: Cache = None,
 ) -> None:
     """Try recipes over a space of their keys, stop the bad ones early, and register the best model as `candidate`.
 
     medsynth sweep sweeps/specs/msdm-learning-rate.yaml
+
+    Or find out how a trained model is best drawn, which becomes its registered version's default:
+
+    medsynth sweep --guidance models:/msdm-demo/1 --data demo/shards --workers 2
     """
+    kind = (
+        OVER_GUIDANCE
+        if guidance or (spec and "model" in read_document(spec, "sweep", "'recipe' and 'space'"))
+        else OVER_RECIPES
+    )
+    _check_options(context, kind)
+    changes = list(overrides or [])
+    if kind == OVER_GUIDANCE:
+        # What is named by an option of its own is quoted, so that it is read as it was typed.
+        changes += [f"model={json.dumps(guidance)}"] if guidance else []
+        changes += [f"data={json.dumps(data)}"] if data else []
+        run_guidance_sweep(
+            load_guidance_spec(spec, changes), console, out=out, cache=cache, workers=workers, device=device
+        )
+    elif spec:
+        _sweep_recipes(spec, changes, run, resume)
+    else:
+        raise UserError(
+            "name a specification, such as sweeps/specs/msdm-learning-rate.yaml, or a model with --guidance"
+        )
+
+
+def _check_options(context: typer.Context, kind: str) -> None:
+    """Raise UserError for an option that the kind of sweep does not have."""
+    for other, options in OPTIONS.items():
+        for name in options - OPTIONS[kind]:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UserError(f"--{name} is an option of {other}, and this is {kind}")
+
+
+def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume: str | None) -> None:
     # Optuna and Ray take seconds to import, and a wrong specification should not have to wait for them.
-    loaded = load_spec(spec)
+    loaded = load_spec(spec, overrides)
     from sweeps.space import num_trials
     from sweeps.tune import SweepStopped, run_sweep
 
     if run and resume:
         raise UserError("--run names a new sweep, --resume one that was cut off: give one of them")
     name = resume or run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    command = f"medsynth sweep {spec} --resume {name}"
+    changes = "".join(f" --set {shlex.quote(change)}" for change in overrides)
+    command = f"medsynth sweep {shlex.quote(spec)}{changes} --resume {name}"
     total = num_trials(loaded)
     of = f"of at most {total} trials" if total else "for as long as its budget lasts"
     console.print(f"Sweep [bold]{name}[/] {of}; to resume it: {command}", soft_wrap=True)
@@ -113,7 +194,7 @@ def trial_table(spec: SweepSpec, trials: Sequence[Trial], steps: int, *, total: 
             f"[{COLOURS[trial.state]}]{trial.state}[/]",
             *(_short(trial.params.get(key, "")) for key in spec.space),
             "" if trial.value is None else f"{trial.value:.5g}",
-            f"{trial.steps}/{steps}",
+            f"{trial.steps}/{trial.end or steps}",
             _left(trial, steps),
         )
     return table
@@ -151,14 +232,15 @@ def _short(value: Any) -> str:
 
 
 def _progress(trial: Trial, steps: int) -> str:
-    value = "" if trial.value is None else f"  objective {trial.value:.5g} at step {trial.steps}/{steps}"
+    value = "" if trial.value is None else f"  objective {trial.value:.5g} at step {trial.steps}/{trial.end or steps}"
     left = _left(trial, steps)
     return f"{value}  {left} left" if left else value
 
 
 def _left(trial: Trial, steps: int) -> str:
     """Time to the end of a running trial at its speed so far."""
-    if trial.state != "running" or not trial.steps:
+    done = trial.steps - trial.begin
+    if trial.state != "running" or not done:
         return ""
-    seconds = math.ceil(trial.seconds / trial.steps * (steps - trial.steps))
+    seconds = math.ceil(trial.seconds / done * ((trial.end or steps) - trial.steps))
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -3,21 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
-from cluster import storage
 from cluster.errors import UserError
-from trainers.recipe import Block, apply_override, explain
+from trainers.recipe import Block, apply_override, explain, read_document
+
+DEFAULT_GRID: dict[str, Any] = {"guidance_scales": [1, 1.5, 2, 3.5, 5, 7.5]}
+"""Of a model that is named without a specification."""
 
 
-class GuidanceSpec(Block):
-    """Which settings of one trained model are compared, and on what. The keys are those of `sweep_guidance`."""
+class GuidanceGrid(Block):
+    """Which settings of a trained model are compared. The keys are those of `sweep_guidance`."""
 
-    model: str
-    """As for `medsynth evaluate`."""
-    data: str
-    """Shards of real images: a folder or s3:// prefix."""
     splits: tuple[str, ...] | None = None
     """Whose captions and images to compare with; None: all but train."""
     guidance_scales: tuple[float, ...] = ()
@@ -41,20 +38,24 @@ class GuidanceSpec(Block):
         return self.model_dump(exclude={"model", "data"})
 
 
-def load_guidance_spec(uri: str, overrides: Sequence[str] = ()) -> GuidanceSpec:
-    """Read a specification from a file or s3:// URI and apply `key=value` overrides.
+class GuidanceSpec(GuidanceGrid):
+    """Which settings of one model are compared, and on what."""
+
+    model: str
+    """As for `medsynth evaluate`."""
+    data: str
+    """Shards of real images: a folder or s3:// prefix."""
+
+
+def load_guidance_spec(uri: str | None, overrides: Sequence[str] = ()) -> GuidanceSpec:
+    """Read a specification from a file or s3:// URI, or begin with DEFAULT_GRID, and apply `key=value` overrides.
 
     Raises UserError that names the key at fault and the nearest.
     """
-    try:
-        document = yaml.safe_load(storage.read_bytes(uri))
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{uri} holds no guidance sweep: expected keys such as 'model' and 'guidance_scales'")
+    document = read_document(uri, "guidance sweep", "'model' and 'guidance_scales'") if uri else {**DEFAULT_GRID}
     for override in overrides:
         apply_override(document, override)
     try:
         return GuidanceSpec.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{uri}: " + "; ".join(explain(error, GuidanceSpec))) from None
+        raise UserError(f"{uri or 'guidance sweep'}: " + "; ".join(explain(error, GuidanceSpec))) from None

@@ -7,6 +7,9 @@ SWEEP/trials/000.yaml       the recipe of a trial
 SWEEP/trials/000.json       how it fares
 SWEEP/NAME-000/             its run, as `medsynth train` makes one
 SWEEP/NAME-shared/          the run that trained what all trials share, if there is such a stage
+SWEEP/NAME-000/guidance/    the sweep over guidance that it was judged by, if the specification has that block
+SWEEP/features/             what extractors saw in the real images, for all of these
+SWEEP/report/               pictures
 SWEEP/best.yaml             the best trial's recipe
 """
 
@@ -45,6 +48,17 @@ class Journal:
 
     def run_folder(self, number: int) -> RunFolder:
         return RunFolder(storage.join(self.uri, self.run_name(number)))
+
+    def guidance(self, number: int) -> str:
+        return storage.join(self.run_folder(number).uri, "guidance")
+
+    @property
+    def features(self) -> str:
+        return storage.join(self.uri, "features")
+
+    @property
+    def report(self) -> str:
+        return storage.join(self.uri, "report")
 
     @property
     def shared_run(self) -> str:

@@ -14,13 +14,17 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cluster.errors import UserError, nearest
 from data_shards import derive_seed
-from sweeps.spec import Axis, SweepSpec, Trial
+from sweeps import population
+from sweeps.guidance_spec import GuidanceGrid
+from sweeps.spec import PBT, Axis, SweepSpec, Trial
 from trainers.families import family_of
+from trainers.fidelity.evaluation import measure_name
+from trainers.fidelity.extractors import label_of
 from trainers.recipe import Recipe, load_recipe
 
 STARTUP_TRIALS = 5  # drawn at random before the estimator has something to go by
 MAX_CORNERS = 64  # tried on the recipe before a sweep starts
-FIDELITY = "fidelity/"
+FIDELITY, GUIDANCE = "fidelity/", "guidance/"
 LAST_STAGE_BLOCKS = ("sampling", "fidelity")  # of a recipe, that only its last stage reads
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -45,10 +49,39 @@ def corners(spec: SweepSpec) -> list[dict[str, Any]]:
 
 def num_trials(spec: SweepSpec) -> int | None:
     """How many trials there will be at most; None if only time bounds them."""
+    if isinstance(spec.scheduler, PBT):
+        steps = objective_steps(spec, recipe_of(spec, {}))
+        return spec.scheduler.population * population.num_generations(spec.scheduler, steps)
     if spec.search != "grid":
         return spec.budget.trials
     points = len(grid_points(spec))
     return min(points, spec.budget.trials or points)
+
+
+def next_trial(spec: SweepSpec, trials: Sequence[Trial], steps: int) -> Trial | None:
+    """The trial that is to begin, given those before it, of which some still run; None if it has to wait for these.
+
+    `steps` are those of a recipe of the sweep. Raises ValueError if there is nothing that it could go on from.
+    """
+    number, pbt = len(trials), spec.scheduler
+    if not isinstance(pbt, PBT):
+        return Trial(number, "running", next_params(spec, trials), None, 0, 0.0, None)
+    begin, end = population.steps_of(pbt, number, steps)
+    params, parent = next_params(spec, trials), None
+    if before := population.last_generation(pbt, trials):
+        if any(trial.state == "running" for trial in before):
+            return None
+        params, parent = population.next_member(spec, pbt, trials)
+    return Trial(number, "running", params, None, begin, 0.0, None, parent=parent, begin=begin, end=end)
+
+
+def recipe_of_trial(spec: SweepSpec, trial: Trial) -> Recipe:
+    """Its recipe, which ends at the step where the trial ends. Raises UserError as `load_recipe` does."""
+    recipe = recipe_of(spec, trial.params)
+    if trial.end is None:
+        return recipe
+    until = {f"{objective_stage(spec, recipe)}.training.steps": trial.end}
+    return recipe_of(spec, trial.params | until)
 
 
 def next_params(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -82,8 +115,10 @@ def next_params(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def best_trial(spec: SweepSpec, trials: Sequence[Trial]) -> Trial | None:
-    """Of the trials that were trained to their end, the one whose objective ended best."""
+    """Of the trials that were trained to the recipe's end, the one whose objective ended best."""
     ended = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
+    if isinstance(spec.scheduler, PBT):  # of which earlier generations were not
+        ended = [trial for trial in ended if trial.steps == max(other.end or 0 for other in trials)]
     sign = 1 if spec.objective.mode == "min" else -1
     return min(ended, key=lambda trial: sign * (trial.value or 0), default=None)
 
@@ -100,8 +135,28 @@ def check(spec: SweepSpec) -> list[Recipe]:
     return recipes
 
 
+def with_sampling(recipe: Recipe, setting: Mapping[str, Any]) -> Recipe:
+    """The recipe of a model that is drawn with a guidance sweep's setting unless the user says otherwise."""
+    known = {"scheduler" if name == "sampler" else name: value for name, value in setting.items()}
+    fitting = {name: value for name, value in known.items() if name in type(recipe.sampling).model_fields}
+    return recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=fitting)})
+
+
+def history_of(trials: Sequence[Trial], trial: Trial) -> str:
+    """A comment for the recipe of a trial that went on from others: which values were in force up to which step."""
+    line: list[Trial] = [trial]
+    while line[0].parent is not None:
+        line.insert(0, trials[line[0].parent])
+    if len(line) == 1:
+        return ""
+    told = [
+        f"#   to step {one.end}: {', '.join(f'{key} {value}' for key, value in one.params.items())}" for one in line
+    ]
+    return "\n".join(["# Of a population; the model was trained with other values before these:", *told, ""])
+
+
 def objective_stage(spec: SweepSpec, recipe: Recipe) -> str:
-    """The stage whose steps count: the one that the metric is of; fidelity is measured in the last."""
+    """The stage whose steps count: the one that the metric is of; fidelity and guidance are of the last."""
     stage = spec.objective.metric.partition("/")[0]
     stages = family_of(recipe).STAGES
     return stage if stage in stages else stages[-1]
@@ -164,7 +219,12 @@ def _fitting(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
 def _check_objective(spec: SweepSpec, recipe: Recipe) -> None:
     metric = spec.objective.metric
     family = family_of(recipe)
-    if metric.startswith(FIDELITY):
+    every = objective_steps(spec, recipe)
+    if spec.guidance:
+        fitting = guidance_metric(spec.guidance)
+        if metric != fitting:
+            raise UserError(f"sweep {spec.name}: objective.metric: with a block 'guidance', write {fitting}")
+    elif metric.startswith(FIDELITY):
         if recipe.fidelity is None:
             raise UserError(
                 f"sweep {spec.name}: objective.metric: {metric} is never logged, as the recipe measures no fidelity: "
@@ -184,7 +244,9 @@ def _check_objective(spec: SweepSpec, recipe: Recipe) -> None:
         every = training.validate_every_steps if metric.endswith("validation_loss") else training.log_every_steps
     stage = objective_stage(spec, recipe)
     steps = objective_steps(spec, recipe)
-    if spec.scheduler and (every >= steps or spec.scheduler.grace_steps >= steps):
+    if isinstance(spec.scheduler, PBT):
+        _check_population(spec, spec.scheduler, recipe)
+    elif spec.scheduler and (every >= steps or spec.scheduler.grace_steps >= steps):
         raise UserError(
             f"sweep {spec.name}: scheduler: asha would stop no trial, as {metric} is known every {every} steps and "
             f"judged from step {spec.scheduler.grace_steps}, of {steps}: lower scheduler.grace_steps, or how often "
@@ -192,6 +254,28 @@ def _check_objective(spec: SweepSpec, recipe: Recipe) -> None:
         )
     if spec.budget.gpu_hours is not None and not gpus_of(recipe):
         raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
+
+
+def _check_population(spec: SweepSpec, pbt: PBT, recipe: Recipe) -> None:
+    stage, last = objective_stage(spec, recipe), family_of(recipe).STAGES[-1]
+    schedule = family_of(recipe).training_of(recipe, stage).learning_rate_schedule
+    problem = None
+    if stage != last:
+        problem = f"it perturbs the last stage, {last}, and the objective is of {stage}"
+    elif misfits := population.misfits(spec.space, stage):
+        allowed = ", ".join(f"{stage}.{name}" for name in population.CHANGEABLE)
+        problem = f"a checkpoint does not go on with another {', '.join(misfits)}; it does with {allowed}"
+    elif schedule != "constant":
+        problem = f"it changes the learning rate itself: set {stage}.training.learning_rate_schedule to constant"
+    elif pbt.perturb_steps >= objective_steps(spec, recipe):
+        problem = f"perturb_steps {pbt.perturb_steps} leave one generation of {objective_steps(spec, recipe)} steps"
+    if problem:
+        raise UserError(f"sweep {spec.name}: scheduler: pbt: {problem}")
+
+
+def guidance_metric(grid: GuidanceGrid) -> str:
+    """What a trial with a block `guidance` is judged by, as MLflow has it."""
+    return GUIDANCE + measure_name(grid.fidelity, label_of(grid.extractors[0]))
 
 
 def _combinations(spec: SweepSpec, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

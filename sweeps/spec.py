@@ -1,15 +1,16 @@
 """The sweep's specification, a YAML file, and what becomes of it: trials."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster import storage
 from cluster.errors import UserError, nearest
-from trainers.recipe import Block, explain
+from sweeps.guidance_spec import GuidanceGrid
+from trainers.recipe import Block, apply_override, explain, parse_override, read_document
 
 State = Literal["running", "finished", "stopped", "failed"]
 """stopped: ended early because others were better; failed: diverged, or not to be trained at all."""
@@ -27,6 +28,9 @@ class Trial:
     seconds: float
     run_id: str | None  # of MLflow
     intermediate: dict[int, float] = field(default_factory=dict)  # step -> value of the objective
+    parent: int | None = None  # the trial whose checkpoint it goes on from
+    begin: int = 0  # the step that it goes on at
+    end: int | None = None  # the step that it is to reach; None: the recipe's last
 
 
 class Axis(Block):
@@ -87,6 +91,27 @@ class ASHA(Block):
     reduction: float = Field(default=3, gt=1)
 
 
+class PBT(Block):
+    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846), one generation after the other: the worst go
+    on from the checkpoints of the best, with values perturbed; the others go on as they are."""
+
+    kind: Literal["pbt"] = "pbt"
+    population: int = Field(gt=1)
+    """Trials of a generation."""
+    perturb_steps: int = Field(gt=0)
+    """Steps of a generation, of the objective's stage."""
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    """The share of the worst that is replaced, and of the best that replace them; at least one trial each."""
+    factors: tuple[float, float] = (0.8, 1.25)
+    """By one of which a number is multiplied; of a list, a neighbour is taken."""
+    resample_probability: float = Field(default=0.25, ge=0, le=1)
+    """How likely a value is drawn anew from the space, in place of that."""
+
+    @property
+    def num_replaced(self) -> int:
+        return max(1, int(self.population * self.quantile))
+
+
 class Budget(Block):
     """What the sweep may take; the first that is used up ends it."""
 
@@ -107,7 +132,9 @@ class SweepSpec(Block):
     space: dict[str, Axis] = Field(min_length=1)
     """Dotted keys of the recipe and the values they may take."""
     objective: Objective
-    scheduler: ASHA | None = None
+    guidance: GuidanceGrid | None = None
+    """Settings that each trained trial is drawn with; it is judged by what the one recommended for it achieves."""
+    scheduler: Annotated[ASHA | PBT, Field(discriminator="kind")] | None = None
     """none trains each trial to its end."""
     search: Literal["optuna", "random", "grid"] = "optuna"
     """optuna: its tree-structured Parzen estimator, which learns from the trials that ended."""
@@ -142,19 +169,37 @@ class SweepSpec(Block):
             if self.search == "grid" and not axis.grid:
                 raise ValueError(f"space.{key}: with search: grid, each key is a grid")
             seen.append(key)
-        if self.search != "grid" and not any(self.budget.model_dump().values()):
+        if isinstance(self.scheduler, PBT):
+            self._check_population()
+        elif self.search != "grid" and not any(self.budget.model_dump().values()):
             raise ValueError("budget: give trials, gpu_hours or wall_hours")
+        if self.guidance and self.scheduler:
+            raise ValueError("guidance: it is known only at a trial's end, so give no scheduler beside it")
         return self
 
+    def _check_population(self) -> None:
+        if self.search != "random":
+            raise ValueError("search: with scheduler: pbt, the first generation is drawn at random: write random")
+        if self.budget.trials:
+            raise ValueError("budget.trials: with scheduler: pbt, steps and perturb_steps say how many there are")
+        for key, axis in self.space.items():
+            if axis.grid or axis.when:
+                raise ValueError(f"space.{key}: with scheduler: pbt, a key is a loguniform, uniform or choice")
 
-def load_spec(uri: str) -> SweepSpec:
-    """Read a specification from a file or s3:// URI. Raises UserError that names the key at fault and the nearest."""
-    try:
-        document = yaml.safe_load(storage.read_bytes(uri))
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{uri} holds no sweep: expected keys such as 'recipe' and 'space' at its top level")
+
+def load_spec(uri: str, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read a specification from a file or s3:// URI and apply `key=value` overrides; `fixed.` takes a recipe's key.
+
+    Raises UserError that names the key at fault and the nearest.
+    """
+    document = read_document(uri, "sweep", "'recipe' and 'space'")
+    for override in overrides:
+        block, _, rest = override.partition(".")
+        if block == "fixed":  # whose keys are dotted themselves
+            key, value = parse_override(rest)
+            document["fixed"] = (document.get("fixed") or {}) | {key: value}
+        else:
+            apply_override(document, override)
     try:
         return SweepSpec.model_validate(document)
     except ValidationError as error:

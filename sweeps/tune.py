@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -28,11 +30,17 @@ from cluster.registry import RegisteredModel
 from cluster.tracking import Status, Tracker, default_tracking_uri, find_run, without_secrets
 from data_shards import Manifest
 from sweeps import space
+from sweeps.guidance import FRONT, GRID, sweep_guidance
+from sweeps.guidance_document import SWEEP, GuidanceSweep
+from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
-from sweeps.spec import State, SweepSpec, Trial, dump_spec
+from sweeps.report import write_sweep_report
+from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
+from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
-from trainers.launch import Progress, RunStopped, train_recipe
+from trainers.launch import Progress, RunStopped, TrainedRun, train_recipe
+from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.registration import register_model
 from trainers.run_folder import COMPLETE, RunFolder
@@ -117,8 +125,9 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
                 )
             conductor = _Conductor(spec, corners, journal, tracker, watch, limit)
             _run_trials(conductor, _Setting(spec, journal, tracker, shared))
+            _write_report(conductor)
             best = space.best_trial(spec, conductor.trials)
-            model_uri = _keep(spec, best, manifest, journal, tracker) if best else None
+            model_uri = _keep(conductor, best, manifest) if best else None
             status = "FINISHED"
         except (RunStopped, SweepStopped, KeyboardInterrupt):
             status = "KILLED"
@@ -162,11 +171,14 @@ def _of_sweep(recipe: Recipe, journal: Journal) -> Recipe:
     )
 
 
-def _keep(spec: SweepSpec, best: Trial, manifest: Manifest, journal: Journal, tracker: Tracker) -> str:
+def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
     """Write the best trial's recipe as one that `medsynth train` takes, and register its model as candidate."""
-    recipe = space.recipe_of(spec, best.params)
-    storage.write_bytes(journal.best_recipe, dump_recipe(recipe).encode())
-    tracker.log_text(dump_recipe(recipe), "best-recipe.yaml")
+    spec, journal, tracker = conductor.spec, conductor.journal, conductor.tracker
+    setting = GuidanceSweep.load(journal.guidance(best.number)).best.setting if spec.guidance else {}
+    recipe = space.with_sampling(space.recipe_of(spec, best.params), setting)
+    text = space.history_of(conductor.trials, best) + dump_recipe(recipe)
+    storage.write_bytes(journal.best_recipe, text.encode())
+    tracker.log_text(text, "best-recipe.yaml")
     if best.value is not None:
         tracker.log_metrics({f"best/{spec.objective.metric}": best.value}, best.number)
     model = journal.run_folder(best.number).model(family_of(recipe).STAGES[-1])
@@ -174,8 +186,18 @@ def _keep(spec: SweepSpec, best: Trial, manifest: Manifest, journal: Journal, tr
     if name is None or best.run_id is None:
         return model
     version = register_model(recipe, manifest, model, Tracker(tracker.tracking_uri, best.run_id), name=name)
-    RegisteredModel(tracker.tracking_uri, name).point(CANDIDATE, version)
+    registered = RegisteredModel(tracker.tracking_uri, name)
+    registered.tag(version, sampling_tags(setting))
+    registered.point(CANDIDATE, version)
     return f"models:/{name}/{version}"
+
+
+def _write_report(conductor: "_Conductor") -> None:
+    """The pictures of the trials, into the sweep's folder and its MLflow run."""
+    with TemporaryDirectory() as temporary:
+        for path in write_sweep_report(conductor.trials, conductor.spec, Path(temporary)):
+            storage.upload_file(path, storage.join(conductor.journal.report, path.name))
+        conductor.tracker.log_folder(Path(temporary), "report")
 
 
 # --- in the process of the sweep ---
@@ -199,6 +221,7 @@ class _Conductor(tune.Callback):
         self.watch = watch
         self.trials = journal.trials()
         self.limit = limit
+        self.total = space.num_trials(spec)
         self.gpus = max(space.gpus_of(corner) for corner in corners)
         self.steps = max(space.objective_steps(spec, corner) for corner in corners)
         self.began = time.monotonic()
@@ -211,19 +234,25 @@ class _Conductor(tune.Callback):
 
     def next_config(self) -> dict[str, Any] | str | None:
         """What Tune is to start now: a trial's config, nothing yet (None), or never more (FINISHED)."""
-        total = space.num_trials(self.spec)
-        if self.is_spent() or (not self.waiting and total is not None and len(self.trials) >= total):
+        is_last = self.total is not None and len(self.trials) >= self.total
+        if self.is_spent() or (not self.waiting and is_last):
             return Searcher.FINISHED
         if len(self.since) >= self.limit:
             return None
         if self.waiting:
             number = self.waiting.popleft()
         else:
-            number = len(self.trials)
-            params = space.next_params(self.spec, self.trials)
-            self.trials.append(Trial(number, "running", params, None, 0, 0.0, None))
             try:
-                recipe = at_absolute_paths(space.recipe_of(self.spec, params))
+                trial = space.next_trial(self.spec, self.trials, self.steps)
+            except ValueError as error:
+                self.watch.say(f"The sweep ends here: {error}")
+                return Searcher.FINISHED
+            if trial is None:
+                return None
+            number = trial.number
+            self.trials.append(trial)
+            try:
+                recipe = at_absolute_paths(space.recipe_of_trial(self.spec, trial))
             except UserError as error:
                 self._end(number, "failed", str(error))
                 return None
@@ -231,7 +260,16 @@ class _Conductor(tune.Callback):
             self._update(number)
         self.since[number] = (time.monotonic(), self.trials[number].seconds)
         self.watch.show(self.trials, self.steps)
-        return {"number": number}
+        return {"number": number, "start_from": self._start_of(self.trials[number])}
+
+    def _start_of(self, trial: Trial) -> str | None:
+        """URI of the checkpoint that it goes on from."""
+        if trial.parent is None:
+            return None
+        recipe = load_recipe(self.journal.recipe(trial.parent))
+        stage = space.objective_stage(self.spec, recipe)
+        folder = checkpoint_folder(trial.begin, recipe.cluster.num_workers)
+        return storage.join(self.journal.run_folder(trial.parent).uri, stage, folder)
 
     def is_spent(self) -> bool:
         """Whether the time that the budget gives is used up."""
@@ -345,6 +383,7 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
             search_alg=_Search(conductor),
             scheduler=_scheduler(spec, conductor),
             num_samples=-1,
+            reuse_actors=True,  # a process takes seconds to import what trains
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -378,8 +417,8 @@ def _trial_name(trial: Any) -> str:
 
 
 def _scheduler(spec: SweepSpec, conductor: _Conductor) -> ASHAScheduler | None:
-    """Tune's, which is told what the trials of an earlier start had reached."""
-    if spec.scheduler is None:
+    """Tune's, which is told what the trials of an earlier start had reached. A population needs none: see space.py."""
+    if not isinstance(spec.scheduler, ASHA):
         return None
     scheduler = ASHAScheduler(
         time_attr=STEP,
@@ -460,8 +499,11 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
             journal.run_name(number),
             on_progress=on_progress,
             on_stop_requested=lambda: None,
+            start_from=config["start_from"],
             tags={PARENT: setting.tracker.run_id, KIND: "trial", "medsynth.trial": str(number)},
         )
+        if grid := setting.spec.guidance:
+            _judge_at_best_guidance(trained, recipe, grid, journal, number, steps)
         tell_new(steps)
         history = dict(trained.tracker.metric_history(metric))
     except RunStopped:
@@ -477,6 +519,29 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
             tell("finished", (max(history), history[max(history)]))
         else:
             tell("failed", reason=f"{metric} was not measured, or is not a number: see the run's tags")
+
+
+def _judge_at_best_guidance(
+    trained: TrainedRun, recipe: Recipe, grid: GuidanceGrid, journal: Journal, number: int, step: int
+) -> None:
+    """Sweep the trained model over guidance, and record what the setting recommended for it achieves."""
+    out = journal.guidance(number)
+    found = sweep_guidance(
+        trained.model_uri,
+        recipe.data.shards,
+        out,
+        **grid.arguments,
+        num_workers=recipe.cluster.num_workers,
+        device="cuda" if recipe.cluster.use_gpu else "cpu",
+        cache=journal.features,
+    )
+    figures = {f"{space.GUIDANCE}{name}": measure.value for name, measure in found.best.measures.items()}
+    trained.tracker.log_metrics(figures, step)
+    trained.tracker.log_params({f"guidance.{name}": value for name, value in found.best.setting.items()})
+    with TemporaryDirectory() as temporary:
+        for name in (SWEEP, FRONT, GRID):
+            (Path(temporary) / name).write_bytes(storage.read_bytes(storage.join(out, name)))
+        trained.tracker.log_folder(Path(temporary), "guidance-sweep")
 
 
 def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:

@@ -40,7 +40,6 @@ from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
 POLL_SECONDS = 0.5
-ANYWHERE = "DEFAULT"  # Ray's word; without it, a task of a sweep's trial would have to fit what Tune gave its driver
 MEASURE_ATTEMPTS = 3  # of a process that measures a checkpoint and is killed
 
 
@@ -77,11 +76,13 @@ def train_recipe(
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
     stages: Sequence[str] | None = None,
+    start_from: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> TrainedRun:
     """Train every stage, then export and register the model. A run that was stopped goes on under its name.
 
-    With `stages`, only these are trained, and nothing is registered. `tags` are of the MLflow run, when it begins.
+    With `stages`, only these are trained, and nothing is registered. The last stage goes on from another run's
+    checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
 
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
@@ -112,7 +113,8 @@ def train_recipe(
         try:
             for stage in trained:
                 if not run.has_model(stage):
-                    _train_stage(recipe, stage, manifest, run, tracker, on_progress, on_stop_requested)
+                    begin = start_from if stage == trained[-1] else None
+                    _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
             model_uri = run.model(trained[-1]) if stages else _register(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):
@@ -185,6 +187,7 @@ def _train_stage(
     manifest: Manifest,
     run: RunFolder,
     tracker: Tracker,
+    start_from: str | None,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
 ) -> None:
@@ -196,11 +199,17 @@ def _train_stage(
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
     measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
-    beside = {"num_cpus": 0, "scheduling_strategy": ANYWHERE}
+    beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"recipe": recipe, "stage": stage, "run": run, "tracker": tracker},
+        train_loop_config={
+            "recipe": recipe,
+            "stage": stage,
+            "run": run,
+            "tracker": tracker,
+            "start_from": start_from,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -220,7 +229,7 @@ def _train_stage(
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
     export = ray.remote(_export_stage).options(
-        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), scheduling_strategy=ANYWHERE
+        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), scheduling_strategy=runtime.ANYWHERE
     )
     ray.get(export.remote(recipe, stage, run, result.checkpoint))
 
@@ -297,6 +306,9 @@ def _train_worker(config: dict[str, Any]) -> None:
         )
 
     checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and config["start_from"]:
+        filesystem, path = storage.arrow_filesystem(config["start_from"])
+        checkpoint = ray.train.Checkpoint(path, filesystem)
     node = platform.node()
     with (
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),

@@ -135,8 +135,8 @@ def test_the_best_is_one_that_was_trained_to_its_end(sweep_document: dict[str, A
         ({"objective": {"metric": "denoiser/validation_los"}}, "never logged; did you mean 'denoiser/validation_loss'"),
         ({"objective": {"metric": "fidelity/kid_random_vgg_64"}}, "the recipe measures no fidelity"),
         ({"budget": {"gpu_hours": 1}}, "the recipe uses no GPU"),
-        ({"scheduler": {"grace_steps": 6}}, "asha would stop no trial"),
-        ({"scheduler": {"grace_steps": 2}, "fixed": {}}, "asha would stop no trial"),
+        ({"scheduler": {"kind": "asha", "grace_steps": 6}}, "asha would stop no trial"),
+        ({"scheduler": {"kind": "asha", "grace_steps": 2}, "fixed": {}}, "asha would stop no trial"),
         ({"recipe": "nowhere.yaml"}, "nowhere.yaml"),
     ],
 )

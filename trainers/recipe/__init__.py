@@ -52,6 +52,8 @@ __all__ = [
     "dump_recipe",
     "explain",
     "load_recipe",
+    "parse_override",
+    "read_document",
 ]
 
 B = TypeVar("B", bound=Block)
@@ -64,12 +66,7 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError that names the key at fault, what is allowed, and the nearest key.
     """
-    try:
-        document = yaml.safe_load(storage.read_bytes(uri))
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{uri} holds no recipe: expected keys such as 'name' and 'data' at its top level")
+    document = read_document(uri, "recipe", "'name' and 'data'")
     for override in overrides:
         apply_override(document, override)
     family = document.get("family", "msdm")
@@ -79,6 +76,17 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
         return FAMILIES[family].model_validate(document)
     except ValidationError as error:
         raise UserError(f"{uri}: " + "; ".join(explain(error, FAMILIES[family]))) from None
+
+
+def read_document(uri: str, kind: str, such_as: str) -> dict[str, Any]:
+    """The YAML mapping in a file or s3:// URI. Raises UserError if there is none, which calls it a `kind`."""
+    try:
+        document = yaml.safe_load(storage.read_bytes(uri))
+    except yaml.YAMLError as error:
+        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{uri} holds no {kind}: expected keys such as {such_as} at its top level")
+    return document
 
 
 def at_absolute_paths(block: B) -> B:
@@ -103,17 +111,23 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def apply_override(document: dict[str, Any], override: str) -> None:
     """Change a key of a document of nested blocks as `a.b=value` says. Raises UserError if that cannot be read."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override}: write it as key=value, for example data.resolution=64")
+    path, value = parse_override(override)
     *parents, last = path.split(".")
     block = document
     for parent in parents:
         block = block.setdefault(parent, {})
         if not isinstance(block, dict):
             raise UserError(f"--set {override}: '{parent}' is a value, not a block of keys")
+    block[last] = value
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Dotted key and value of `a.b=value`, the value being YAML. Raises UserError if that cannot be read."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: write it as key=value, for example data.resolution=64")
     try:
-        block[last] = yaml.safe_load(text)
+        return path, yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: the value is not YAML") from None
 
@@ -130,6 +144,8 @@ def explain(error: ValidationError, document: type[BaseModel]) -> Iterator[str]:
             yield f"unknown key '{key}': {hint}allowed here: {', '.join(allowed)}"
         elif problem["type"] == "missing":
             yield f"missing key '{key}'"
+        elif problem["type"] == "union_tag_not_found":
+            yield f"missing key '{key}.{problem['ctx']['discriminator'].strip(chr(39))}'"
         elif problem["type"] == "value_error":
             yield (f"{key}: " if key else "") + str(problem["ctx"]["error"])
         else:
@@ -138,9 +154,18 @@ def explain(error: ValidationError, document: type[BaseModel]) -> Iterator[str]:
 
 def _keys_at(path: Sequence[str], block: type[BaseModel]) -> list[str]:
     """The keys allowed in the block at `path` below `block`."""
-    for name in path:
-        if name not in block.model_fields:  # a key of a mapping of blocks, not of a block
+    for name, following in zip(path, [*path[1:], ""], strict=False):
+        if name not in block.model_fields:  # a key of a mapping of blocks, or the kind of one
             continue
-        annotation = block.model_fields[name].annotation
-        block = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+        blocks = list(_blocks_in(block.model_fields[name].annotation))
+        of_kind = (b for b in blocks if "kind" in b.model_fields and b.model_fields["kind"].default == following)
+        block = next(of_kind, blocks[0])
     return list(block.model_fields)
+
+
+def _blocks_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The blocks that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _blocks_in(inner)
