@@ -53,6 +53,8 @@ STEP, VALUE = "step", "value"  # of a trial's reports to Tune
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 # What Tune prints at the end tells of files that are not looked at.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# A process goes on with another trial when the ranks of a stopped one have saved their state.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
 # A trial that failed reports no value.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
@@ -298,6 +300,8 @@ class _Conductor(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = trial.config["number"]
         if self.trials[number].state == "running":
+            # Its process is kept for the next trial, and so does not take its workers along when it ends.
+            self.journal.run_folder(number).request_stop()
             self._end(number, "stopped", "others were better at its step")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -243,7 +243,7 @@ def _fit(
 ) -> ray.train.Result:
     """Run the trainer to its end while passing its reports on; the first Ctrl-C asks it to save and stop.
 
-    Ray's own handler of Ctrl-C would abort at once and lose the steps since the last checkpoint. It is only
+    So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C would abort at once and lose the steps since the last checkpoint. It is only
     installed on the main thread, so training is awaited on another.
     """
     outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
@@ -257,17 +257,24 @@ def _fit(
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     stopping = False
+    refusal: Exception | None = None
     while thread.is_alive() or not reports.empty():
         try:
             thread.join(timeout=POLL_SECONDS)
             for report in reports.get_nowait_batch(reports.qsize()):
-                on_progress(Progress(*report))
+                if refusal is None:
+                    on_progress(Progress(*report))
+        except Exception as error:
+            refusal = error
+            run.request_stop()
         except KeyboardInterrupt:
             if stopping:
                 raise
             stopping = True
             run.request_stop()
             on_stop_requested()
+    if refusal is not None:
+        raise refusal
     result = outcome.get()
     if isinstance(result, BaseException):
         raise getattr(result, "controller_failure", result) from None
