@@ -243,8 +243,9 @@ def _fit(
 ) -> ray.train.Result:
     """Run the trainer to its end while passing its reports on; the first Ctrl-C asks it to save and stop.
 
-    So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C would abort at once and lose the steps since the last checkpoint. It is only
-    installed on the main thread, so training is awaited on another.
+    So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C
+    would abort at once and lose the steps since the last checkpoint. It is only installed on the main thread, so
+    training is awaited on another.
     """
     outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
 
