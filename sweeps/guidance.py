@@ -30,7 +30,7 @@ from cluster.evaluations import KIND, PARENT
 from cluster.registry import RegisteredModel
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from data_shards import Manifest
-from sweeps.guidance_document import SWEEP, GuidanceSweep, SettingResult
+from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep, SettingResult
 from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
 from sweeps.pareto import pareto_front
 from trainers.code_version import git_commit
@@ -49,14 +49,15 @@ from trainers.evaluate import (
 from trainers.fidelity.alignment import MIN_BEARERS
 from trainers.fidelity.bootstrap import PAIRED_METRICS, paired_difference
 from trainers.fidelity.evaluation import Measure, Reference, measure_name
-from trainers.fidelity.extractors import Extractor, PromptExtractor, absolute_extractor, kept_extractor
+from trainers.fidelity.extractor_uris import absolute_extractor
+from trainers.fidelity.extractors import Extractor, PromptExtractor, kept_extractor
 from trainers.fidelity.features import ReferenceFeatures, ReferenceWorker, reference_features
 from trainers.fidelity.features import Share as RealShare
 from trainers.fidelity.samples import Drawn, Share, begin, collect, draw_share, read_sample, shares_of
 from trainers.generate import Drawing, load_model
 from trainers.model_source import pinned, sampling_tags
 
-MEASURED, FRONT, GRID = "measured.json", "front.png", "grid.png"
+MEASURED = "measured.json"
 KIND_OF_RUN = "guidance-sweep"
 SWEEP_TAG = "sampling.sweep"
 SMALLEST = {"guidance_scale": 0.0, "true_cfg_scale": 1.0, "num_inference_steps": 1}

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from cluster import storage
 from cluster.progress import progress_lines
-from sweeps.guidance_document import GuidanceSweep
+from sweeps.guidance_document import FRONT, GRID, GuidanceSweep
 from sweeps.guidance_spec import GuidanceSpec
 from trainers.fidelity.figures import metric_of
 
@@ -25,7 +25,7 @@ def run_guidance_sweep(
     make_default: bool = True,
 ) -> GuidanceSweep:
     """Sweep in the folder or s3:// prefix `out`, by default a new one in sweeps-out/, and record it in MLflow."""
-    from sweeps.guidance import FRONT, GRID, record_guidance_sweep, sweep_guidance
+    from sweeps.guidance import record_guidance_sweep, sweep_guidance
 
     name = PurePosixPath(spec.model.replace(":", "")).name.replace("@", "-")
     place = out or f"sweeps-out/guidance-{name}-{datetime.now():%Y%m%d-%H%M%S}"

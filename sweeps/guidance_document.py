@@ -8,7 +8,7 @@ from cluster import storage
 from cluster.errors import UserError
 from trainers.fidelity.evaluation import ExtractorRecord, Measure, ModelRecord, Record, Reference, SampleRecord
 
-SWEEP = "sweep.json"
+SWEEP, FRONT, GRID = "sweep.json", "front.png", "grid.png"
 
 
 class SettingResult(Record):

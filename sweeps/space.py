@@ -19,7 +19,7 @@ from sweeps.guidance_spec import GuidanceGrid
 from sweeps.spec import PBT, Axis, SweepSpec, Trial
 from trainers.families import family_of
 from trainers.fidelity.evaluation import measure_name
-from trainers.fidelity.extractors import label_of
+from trainers.fidelity.extractor_uris import label_of
 from trainers.recipe import Recipe, load_recipe
 
 STARTUP_TRIALS = 5  # drawn at random before the estimator has something to go by

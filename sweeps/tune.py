@@ -30,11 +30,9 @@ from cluster.registry import RegisteredModel
 from cluster.tracking import Status, Tracker, default_tracking_uri, find_run, without_secrets
 from data_shards import Manifest
 from sweeps import space
-from sweeps.guidance import FRONT, GRID, sweep_guidance
-from sweeps.guidance_document import SWEEP, GuidanceSweep
+from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
-from sweeps.report import write_sweep_report
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
@@ -42,7 +40,6 @@ from trainers.families import family_of
 from trainers.launch import Progress, RunStopped, TrainedRun, train_recipe
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
-from trainers.registration import register_model
 from trainers.run_folder import COMPLETE, RunFolder
 
 CANDIDATE = "candidate"
@@ -187,6 +184,8 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
     name = recipe.tracking.register_as
     if name is None or best.run_id is None:
         return model
+    from trainers.registration import register_model  # as above
+
     version = register_model(recipe, manifest, model, Tracker(tracker.tracking_uri, best.run_id), name=name)
     registered = RegisteredModel(tracker.tracking_uri, name)
     registered.tag(version, sampling_tags(setting))
@@ -196,6 +195,8 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
 
 def _write_report(conductor: "_Conductor") -> None:
     """The pictures of the trials, into the sweep's folder and its MLflow run."""
+    from sweeps.report import write_sweep_report  # plotly takes seconds to import, and trials need none of it
+
     with TemporaryDirectory() as temporary:
         for path in write_sweep_report(conductor.trials, conductor.spec, Path(temporary)):
             storage.upload_file(path, storage.join(conductor.journal.report, path.name))
@@ -529,6 +530,8 @@ def _judge_at_best_guidance(
     trained: TrainedRun, recipe: Recipe, grid: GuidanceGrid, journal: Journal, number: int, step: int
 ) -> None:
     """Sweep the trained model over guidance, and record what the setting recommended for it achieves."""
+    from sweeps.guidance import sweep_guidance  # as above
+
     out = journal.guidance(number)
     found = sweep_guidance(
         trained.model_uri,

@@ -45,14 +45,8 @@ from trainers.fidelity.evaluation import (
     SampleRecord,
     features_uri,
 )
-from trainers.fidelity.extractors import (
-    ClassifyingExtractor,
-    Extractor,
-    PromptExtractor,
-    absolute_extractor,
-    kept_extractor,
-    label_of,
-)
+from trainers.fidelity.extractor_uris import absolute_extractor, label_of
+from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, kept_extractor
 from trainers.fidelity.features import ReferenceFeatures, ReferenceWorker, reference_features
 from trainers.fidelity.features import shares_of as shares_of_images
 from trainers.fidelity.measures import (

@@ -31,11 +31,10 @@ from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
-from trainers.fidelity.extractors import label_of
+from trainers.fidelity.extractor_uris import label_of
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.registration import register_model
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
@@ -434,6 +433,9 @@ def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Track
     marker = storage.join(run.uri, "registered.json")
     if storage.exists(marker):
         return str(json.loads(storage.read_bytes(marker))["model_uri"])
+    # It takes all that draws pictures, for seconds, and workers import this module too.
+    from trainers.registration import register_model
+
     version = register_model(recipe, manifest, run.model(family_of(recipe).STAGES[-1]), tracker, name=name)
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())

@@ -1,21 +1,8 @@
-"""Feature extractors by URI, KIND or KIND:WEIGHTS.
-
-    inception:WEIGHTS       FID's Inception-v3: pool3 features and class logits
-    clip:WEIGHTS            transformers CLIP: image and prompt features
-    biomedclip:WEIGHTS      BiomedCLIP in open_clip's layout: image and prompt features
-    dinov2:WEIGHTS          DINOv2: class token
-    rad-dino:WEIGHTS        RAD-DINO: class token
-    radimagenet:WEIGHTS     RadImageNet's ResNet-50: pooled features
-    transformers:WEIGHTS    any vision model of transformers: class token, or pooled output where there is none
-    random-vgg, random-vgg:SIDE   VGG-16 that was never trained, on images of 224 or SIDE pixels
-
-WEIGHTS is a path, an s3:// or package:// address, or a hub id.
-"""
+"""Feature extractors, opened by the URIs of trainers/fidelity/extractor_uris.py."""
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,46 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster import storage
-from cluster.errors import UserError, nearest
-from trainers.fidelity.biomedclip import load_biomedclip
+from cluster.errors import UserError
 from trainers.fidelity.encoders import ImageEncoder, ImageTextEncoder
 from trainers.fidelity.evaluation import ExtractorRecord
+from trainers.fidelity.extractor_uris import WEIGHTS, kind_of, label_of
 from trainers.fidelity.inception import InceptionV3, load_inception
 from trainers.fidelity.preprocessing import Preprocessing
-from trainers.fidelity.pretrained import load_clip, vision_loader
 from trainers.fidelity.random_vgg import load_random_vgg
 from trainers.fidelity.resnet import load_radimagenet
 
-
-@dataclass(frozen=True)
-class Kind:
-    load: Callable[[str], tuple[ImageEncoder, Preprocessing]]
-    weights: str | None
-    """What WEIGHTS must be and where it is published; None if there need be none."""
-
-
-KINDS = {
-    "inception": Kind(
-        load_inception,
-        "pt_inception-2015-12-05-6726825d.pth, from the releases of github.com/mseitzer/pytorch-fid",
-    ),
-    "clip": Kind(load_clip, "a CLIP model of transformers, such as openai/clip-vit-large-patch14-336 on the hub"),
-    "biomedclip": Kind(
-        load_biomedclip,
-        "a model of open_clip, such as microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 on the hub",
-    ),
-    "dinov2": Kind(
-        vision_loader("dinov2", "dinov2_with_registers"),
-        "a DINOv2 model of transformers, such as facebook/dinov2-large on the hub",
-    ),
-    "rad-dino": Kind(vision_loader("dinov2"), "microsoft/rad-dino on the hub, or a copy of it"),
-    "radimagenet": Kind(
-        load_radimagenet, "ResNet50.pt of RadImageNet's PyTorch models, see github.com/BMEII-AI/RadImageNet"
-    ),
-    "transformers": Kind(vision_loader(), "a vision model of transformers with its preprocessor_config.json"),
-    "random-vgg": Kind(load_random_vgg, None),
-}
+MODEL_TYPES = {"dinov2": ("dinov2", "dinov2_with_registers"), "rad-dino": ("dinov2",)}
+"""Of transformers, that a kind may be of; others may be of any."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +74,13 @@ def open_extractor(uri: str, device: str = "cpu") -> Extractor:
 
     Raises UserError if there is no such kind, or its weights are missing or of another layout.
     """
-    name, _, weights = uri.partition(":")
-    kind = _kind(name)
-    if kind.weights and not weights:
-        raise UserError(f"extractor '{uri}': say {name}:WEIGHTS, which is {kind.weights}")
+    kind, weights = kind_of(uri), uri.partition(":")[2]
+    if WEIGHTS[kind] and not weights:
+        raise UserError(f"extractor '{uri}': say {kind}:WEIGHTS, which is {WEIGHTS[kind]}")
     try:
-        network, preprocessing = kind.load(weights)
+        network, preprocessing = _load(kind, weights)
     except UserError as error:
-        needed = f"; needed is {kind.weights}" if kind.weights else ""
+        needed = f"; needed is {WEIGHTS[kind]}" if WEIGHTS[kind] else ""
         raise UserError(f"extractor '{uri}': {error}{needed}") from None
     network = network.eval().requires_grad_(False)
     record = ExtractorRecord(
@@ -140,38 +97,28 @@ def open_extractor(uri: str, device: str = "cpu") -> Extractor:
     return extractor
 
 
+def _load(kind: str, weights: str) -> tuple[ImageEncoder, Preprocessing]:
+    if kind == "inception":
+        return load_inception(weights)
+    if kind == "radimagenet":
+        return load_radimagenet(weights)
+    if kind == "random-vgg":
+        return load_random_vgg(weights)
+    # These take transformers, whose models take seconds to import.
+    from trainers.fidelity.biomedclip import load_biomedclip
+    from trainers.fidelity.pretrained import load_clip, load_vision_model
+
+    if kind == "biomedclip":
+        return load_biomedclip(weights)
+    if kind == "clip":
+        return load_clip(weights)
+    return load_vision_model(weights, *MODEL_TYPES.get(kind, ()))
+
+
 @lru_cache(maxsize=8)
 def kept_extractor(uri: str, device: str) -> Extractor:
     """`open_extractor`, once in a process: an evaluation asks for the same one many times, and some take seconds."""
     return open_extractor(uri, device)
-
-
-def absolute_extractor(uri: str) -> str:
-    """The same extractor for a process that works in another folder. Raises UserError if there is no such kind."""
-    name, colon, weights = uri.partition(":")
-    _kind(name)
-    return f"{name}{colon}{storage.absolute_if_there(weights)}"
-
-
-def label_of(uri: str) -> str:
-    """The label of an extractor's features, known before it is opened: `rad_dino`, `random_vgg_64`.
-
-    Of `transformers` the model's name is part of it, for there may be several. Raises UserError if there is no such
-    kind.
-    """
-    name, _, weights = uri.partition(":")
-    _kind(name)
-    told_apart = name in ("transformers", "random-vgg") and weights and uri != "random-vgg:224"
-    parts = [name, weights.rstrip("/").rpartition("/")[2]] if told_apart else [name]
-    return re.sub(r"[^a-z0-9]+", "_", "_".join(parts).lower()).strip("_")
-
-
-def _kind(name: str) -> Kind:
-    if name not in KINDS:
-        guess = nearest(name, KINDS)
-        hint = f"; did you mean '{guess}'?" if guess else ""
-        raise UserError(f"there is no feature extractor '{name}', only {', '.join(KINDS)}{hint}")
-    return KINDS[name]
 
 
 def _digest(network: nn.Module, settings: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Vision models in the transformers layout: CLIP, DINOv2, RAD-DINO and any other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,20 +67,16 @@ def load_clip(weights: str) -> tuple[CLIP, Preprocessing]:
         return CLIP(model, AutoTokenizer.from_pretrained(folder)), ProcessorResize.from_folder(folder)
 
 
-def vision_loader(*model_types: str) -> Callable[[str], tuple[Vision, Preprocessing]]:
-    """A loader of vision models of these types, or of any if none is given."""
-
-    def load(weights: str) -> tuple[Vision, Preprocessing]:
-        with _model_folder(weights) as folder:
-            _check_type(folder, model_types)
-            model, missing = _loaded(AutoModel, folder)
-            network = Vision(model)
-            if network.has_class_token:  # a classifier is often published without the pooler, which is not used then
-                missing = [name for name in missing if not name.startswith("pooler.")]
-            _check_complete(missing)
-            return _checked(network, ProcessorResize.from_folder(folder))
-
-    return load
+def load_vision_model(weights: str, *model_types: str) -> tuple[Vision, Preprocessing]:
+    """A vision model of one of these types, or of any if none is given."""
+    with _model_folder(weights) as folder:
+        _check_type(folder, model_types)
+        model, missing = _loaded(AutoModel, folder)
+        network = Vision(model)
+        if network.has_class_token:  # a classifier is often published without the pooler, which is not used then
+            missing = [name for name in missing if not name.startswith("pooler.")]
+        _check_complete(missing)
+        return _checked(network, ProcessorResize.from_folder(folder))
 
 
 @contextmanager

@@ -32,13 +32,8 @@ from tests.conftest import DATA
 from tests.trainers.fidelity.seeded_weights import pattern, seeded_state
 from trainers.fidelity.biomedclip import VisionTransformer
 from trainers.fidelity.evaluation import measure_name
-from trainers.fidelity.extractors import (
-    ClassifyingExtractor,
-    Extractor,
-    PromptExtractor,
-    label_of,
-    open_extractor,
-)
+from trainers.fidelity.extractor_uris import label_of
+from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, open_extractor
 from trainers.fidelity.inception import InceptionV3
 from trainers.fidelity.resnet import ResNet50
 
