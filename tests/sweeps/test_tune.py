@@ -33,12 +33,13 @@ COMMAND = "import typer; from sweeps.cli import sweep; typer.run(sweep)"
 class Watcher:
     """Watches in place of a person."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.said: list[str] = []
         self.shared_steps: list[int] = []
 
     def show(self, trials: Sequence[Trial], steps: int) -> None:
-        assert steps == 8
+        assert steps == self.steps
 
     def say(self, line: str) -> None:
         self.said.append(line)
@@ -113,7 +114,7 @@ def test_a_sweep_survives_what_is_killed(spec_file: Path, tracking_uri: str, tmp
     assert "vae, for all trials: 2/2" in log.read_text()
 
     # The sweep goes on: no trial that ended is run again, nor what they share trained again.
-    watcher = Watcher()
+    watcher = Watcher(steps=8)
     with runtime.connect(min_cpus=2):
         swept = run_sweep(load_spec(str(spec_file)), "rates-1", is_new=False, watch=watcher)
         total = ray.cluster_resources()["CPU"]

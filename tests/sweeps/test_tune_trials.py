@@ -1,0 +1,118 @@
+"""Sweeps on a real Ray cluster whose trials go on from others, and whose trials are judged at their best guidance."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import runtime
+from cluster.registry import RegisteredModel
+from cluster.tracking import Tracker
+from sweeps import space
+from sweeps.guidance_document import GuidanceSweep
+from sweeps.spec import SweepSpec
+from sweeps.tune import run_sweep
+from tests.sweeps.test_tune import RATE, Watcher
+from trainers.launch import train_recipe
+from trainers.recipe import MSDMRecipe, load_recipe
+from trainers.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with runtime.connect(min_cpus=2):
+        yield
+
+
+def weights(run: RunFolder) -> bytes:
+    return Path(run.model("denoiser"), "unet", "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_population_goes_on_from_checkpoints(
+    sweep_document: dict[str, Any], tracking_uri: str, tmp_path: Path
+) -> None:
+    spec = SweepSpec.model_validate(
+        sweep_document
+        | {
+            "fixed": {
+                "vae.training.steps": 2,
+                "denoiser.training.steps": 4,
+                "denoiser.training.validate_every_steps": 2,
+                "denoiser.training.learning_rate_schedule": "constant",
+            },
+            "space": {RATE: {"loguniform": [1e-4, 1e-2]}},
+            "search": "random",
+            "scheduler": {"kind": "pbt", "population": 2, "perturb_steps": 2, "resample_probability": 0},
+            "budget": {},
+        }
+    )
+    watcher = Watcher(steps=4)
+    swept = run_sweep(spec, "population-1", is_new=True, watch=watcher)
+    first, second = swept.trials[:2], swept.trials[2:]
+    assert [trial.state for trial in swept.trials] == ["finished"] * 4, watcher.said
+    assert [(trial.begin, trial.steps) for trial in swept.trials] == [(0, 2), (0, 2), (2, 4), (2, 4)]
+    best, worst = sorted(first, key=lambda trial: trial.value or 0)
+    kept, replaced = second[best.number], second[worst.number]
+    assert (kept.parent, kept.params) == (best.number, best.params)
+    assert replaced.parent == best.number
+    assert replaced.params[RATE] / best.params[RATE] in (pytest.approx(0.8), pytest.approx(1.25))
+
+    # Two generations are one training: to the bit, where the rate stayed; and both began with the best's weights.
+    whole = train_recipe(
+        space.recipe_of(spec, best.params), "whole", on_progress=lambda _: None, on_stop_requested=lambda: None
+    )
+    run = swept.journal.run_folder
+    assert weights(run(kept.number)) == weights(whole.folder)
+    assert weights(run(replaced.number)) not in (weights(whole.folder), weights(run(best.number)))
+    for trial in second:
+        assert trial.run_id is not None
+        assert [step for step, _ in Tracker(tracking_uri, trial.run_id).metric_history("denoiser/loss")] == [4]
+
+    assert swept.best in second
+    text = Path(swept.journal.best_recipe).read_text()
+    assert f"#   to step 2: {RATE} {best.params[RATE]}" in text
+    recipe = load_recipe(swept.journal.best_recipe)
+    assert isinstance(recipe, MSDMRecipe)
+    assert recipe.denoiser.training.steps == 4
+    assert swept.model_uri == "models:/tiny/1"
+
+
+def test_every_trial_is_judged_at_its_own_best_guidance(
+    sweep_document: dict[str, Any], real_shards: str, extractor: str, tracking_uri: str, tmp_path: Path
+) -> None:
+    grid = {"guidance_scales": [1, 4], "num_inference_steps": [1], "num_samples": 16, "extractors": [extractor]}
+    metric = "guidance/kid_transformers_tiny_vit"
+    spec = SweepSpec.model_validate(
+        sweep_document
+        | {
+            "fixed": {"data.shards": real_shards, "vae.training.steps": 2, "denoiser.training.steps": 2},
+            "space": {RATE: {"grid": [1e-3, 1e-2]}},
+            "search": "grid",
+            "objective": {"metric": metric},
+            "guidance": grid,
+            "budget": {},
+        }
+    )
+    watcher = Watcher(steps=2)
+    swept = run_sweep(spec, "joint-1", is_new=True, watch=watcher)
+    assert [trial.state for trial in swept.trials] == ["finished"] * 2, watcher.said
+    for trial in swept.trials:
+        found = GuidanceSweep.load(swept.journal.guidance(trial.number))
+        assert len(found.settings) == 2
+        assert trial.value == found.best.measures["kid_transformers_tiny_vit"].value
+        assert trial.run_id is not None
+        assert Tracker(tracking_uri, trial.run_id).metric_history(metric) == [(2, trial.value)]
+    assert swept.best is not None
+    assert swept.best.value == min(trial.value or 0 for trial in swept.trials)
+
+    # The setting goes with the model, and into the recipe.
+    setting = GuidanceSweep.load(swept.journal.guidance(swept.best.number)).best.setting
+    _, version = RegisteredModel.of("models:/tiny@candidate")
+    assert version.tags["sampling.guidance_scale"] == str(setting["guidance_scale"])
+    recipe = load_recipe(swept.journal.best_recipe)
+    assert isinstance(recipe, MSDMRecipe)
+    assert recipe.sampling.guidance_scale == setting["guidance_scale"]
+    assert (recipe.sampling.num_inference_steps, recipe.sampling.scheduler) == (1, setting["sampler"])
