@@ -1,0 +1,102 @@
+"""The specifications that are shipped run as they are written, on less data and for fewer steps and trials."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from cluster import runtime
+from cluster.registry import RegisteredModel
+from medsynth import app
+from sweeps.guidance_document import GuidanceSweep
+from trainers.msdm import MSDMPipeline
+from trainers.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+SPECS = Path(__file__).parents[2] / "sweeps" / "specs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with runtime.connect(min_cpus=2):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specifications name their recipes from here."""
+    monkeypatch.chdir(SPECS.parents[1])
+
+
+def medsynth(*arguments: str, **changes: Any) -> str:
+    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(app, [*arguments, *settings], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.usefixtures("tracking_uri")
+def test_msdm_learning_rate(shards: str, text_encoder_folder: Path, tmp_path: Path) -> None:
+    fixed = {
+        "data.shards": shards,
+        "data.resolution": 32,
+        "text_encoder.pretrained": text_encoder_folder,
+        "vae.training.steps": 2,
+        "denoiser.training.steps": 4,
+        "denoiser.training.validate_every_steps": 2,
+        "cluster.storage": tmp_path,
+    }
+    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 3, "scheduler.grace_steps": 2}
+    said = medsynth("sweep", str(SPECS / "msdm-learning-rate.yaml"), "--run", "rates", **changes)
+    assert "Best: trial" in said
+    assert f"medsynth train {tmp_path}/rates/best.yaml" in said.replace("\n", "")
+    load_recipe(f"{tmp_path}/rates/best.yaml")
+    report = {path.name for path in Path(tmp_path, "rates", "report").iterdir()}
+    assert {"history.png", "slice.png", "parallel-coordinates.png", "pareto.png", "sweep.html"} <= report
+    _, version = RegisteredModel.of("models:/msdm-demo@candidate")
+    assert version.run_id is not None
+    run = MlflowClient().get_run(version.run_id)
+    assert run.data.tags["medsynth.kind"] == "trial"
+    parent = run.data.tags["mlflow.parentRunId"]
+    artifacts = {file.path for file in MlflowClient().list_artifacts(parent)}
+    assert {"sweep.yaml", "best-recipe.yaml", "report"} <= artifacts
+
+
+@pytest.mark.usefixtures("tracking_uri")
+def test_flux_learning_rate(shards: str, precomputed: str, flux_folder: Path, tmp_path: Path) -> None:
+    fixed = {
+        "pretrained": flux_folder,
+        "max_tokens": 16,
+        "data.shards": shards,
+        "data.precomputed": precomputed,
+        "data.resolution": 32,
+        "transformer.training.steps": 4,
+        "transformer.training.validate_every_steps": 2,
+        "cluster.storage": tmp_path,
+    }
+    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 2, "scheduler.grace_steps": 2}
+    said = medsynth("sweep", str(SPECS / "flux-learning-rate.yaml"), "--run", "rates", **changes)
+    assert "Best: trial" in said
+    assert RegisteredModel.of("models:/flux-tiny@candidate")[1].number == 1
+
+
+@pytest.mark.usefixtures("tracking_uri")
+def test_msdm_guidance(pipeline: MSDMPipeline, real_shards: str, extractor: str, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "sweep"
+    pipeline.save_pretrained(model)
+    changes = {
+        "guidance_scales": "[1,4]",
+        "num_inference_steps": "[2,3]",
+        "num_samples": 16,
+        "extractors": f"['{extractor}']",
+    }
+    arguments = ["--guidance", str(model), "--data", real_shards, "--out", str(out), "--workers", "2"]
+    said = medsynth("sweep", str(SPECS / "msdm-guidance.yaml"), *arguments, "--device", "cpu", **changes)
+    found = GuidanceSweep.load(str(out))
+    assert len(found.settings) == 2 * 2 * 3  # the samplers are the specification's
+    assert said.count("★") == 1
+    assert "Recommended: guidance_scale" in said
