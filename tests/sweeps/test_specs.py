@@ -12,6 +12,7 @@ from cluster import runtime
 from cluster.registry import RegisteredModel
 from medsynth import app
 from sweeps.guidance_document import GuidanceSweep
+from tests.conftest import PREVIEW_PROMPTS
 from trainers.msdm import MSDMPipeline
 from trainers.recipe import load_recipe
 
@@ -74,6 +75,7 @@ def test_flux_learning_rate(shards: str, precomputed: str, flux_folder: Path, tm
         "data.shards": shards,
         "data.precomputed": precomputed,
         "data.resolution": 32,
+        "sampling.prompts": list(PREVIEW_PROMPTS),
         "transformer.training.steps": 4,
         "transformer.training.validate_every_steps": 2,
         "cluster.storage": tmp_path,
