@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sweeps.journal import Journal
 from sweeps.spec import SweepSpec, Trial
 from trainers.code_version import git_commit
-from trainers.recipe import Recipe, dump_recipe, load_recipe
+from trainers.recipe import MSDMRecipe, Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 
 if TYPE_CHECKING:  # Ray takes seconds to import, which belong to what is measured
@@ -136,7 +136,7 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     return recipe
 
 
-def small_recipe(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
+def small_recipe(folder: Path, *, steps: int, vae_steps: int) -> MSDMRecipe:
     own = (
         f"data.shards={folder}/shards",
         f"cluster.storage={folder}/runs",
@@ -145,7 +145,9 @@ def small_recipe(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
         f"vae.training.checkpoint_every_steps={vae_steps}",
         f"denoiser.training.steps={steps}",
     )
-    return load_recipe(str(ROOT / "recipes/msdm-demo.yaml"), [*SMALL, *own])
+    recipe = load_recipe(str(ROOT / "recipes/msdm-demo.yaml"), [*SMALL, *own])
+    assert isinstance(recipe, MSDMRecipe)
+    return recipe
 
 
 def _recipe_file(folder: Path) -> Path:
