@@ -35,6 +35,7 @@ RESULTS = ROOT / "benchmarks/results"
 METRIC = "denoiser/validation_loss"
 RATE, WARMUP = "denoiser.training.learning_rate", "denoiser.training.warmup_steps"
 RATES, WARMUPS = (1e-4, 1e-2), (0, 50)
+STOPPED = "stopped; with --keep, the same command goes on"
 NEAR = 1.02
 """A loss is as good as the grid's best up to this factor."""
 
@@ -117,7 +118,7 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     """Write the shards and the recipe, and train the autoencoder, unless an earlier start has done so."""
     from data_shards import Settings, write_shards
     from data_shards.sources import medvqa_records
-    from trainers.launch import train_recipe
+    from trainers.launch import RunStopped, train_recipe
 
     images = str(ROOT / "tests/data/colonoscopy")
     settings = Settings("colonoscopy", {"train": 0.8, "validation": 0.1, "test": 0.1}, samples_per_shard=100, resize=64)
@@ -126,13 +127,16 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     _recipe_file(folder).write_text(dump_recipe(recipe))
     if not _shared(folder).has_model("vae"):
         lines = Lines()
-        train_recipe(
-            recipe,
-            "shared",
-            on_progress=lines.show_training,
-            on_stop_requested=lambda: lines.say("Stopping: saving the state."),
-            stages=("vae",),
-        )
+        try:
+            train_recipe(
+                recipe,
+                "shared",
+                on_progress=lines.show_training,
+                on_stop_requested=lambda: lines.say("Stopping: saving the state."),
+                stages=("vae",),
+            )
+        except RunStopped:
+            raise SystemExit(STOPPED) from None
     return recipe
 
 
@@ -239,7 +243,7 @@ def _row_of_sweep(folder: Path, spec: SweepSpec) -> dict[str, Any]:
     try:
         swept = run_sweep(spec, spec.name, is_new=is_new, watch=Lines())
     except SweepStopped:
-        raise SystemExit("stopped; with --keep, the same command goes on") from None
+        raise SystemExit(STOPPED) from None
     if swept.best is None:
         raise SystemExit(f"{spec.name}: no trial was trained to its end")
     row = {
