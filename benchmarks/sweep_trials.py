@@ -110,7 +110,11 @@ def workplace(keep: Path | None, asked: Mapping[str, Any]) -> Iterator[Path]:
         if begun.exists() and json.loads(begun.read_text()) != asked:
             raise SystemExit(f"{folder} was begun with other options: {begun.read_text()}")
         begun.write_text(json.dumps(asked))
-        os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
         yield folder
 
 

@@ -48,8 +48,8 @@ def test_the_searches_fit_the_small_recipe(tmp_path: Path) -> None:
 
 
 def test_a_folder_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "")  # it is put back afterwards
     with workplace(tmp_path, {"steps": 180}):
         pass
     with workplace(tmp_path, {"steps": 180}) as folder:
