@@ -32,7 +32,6 @@ from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
 from trainers.fidelity.extractors import label_of
-from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.registration import register_model
@@ -266,14 +265,14 @@ def _fit(
 
 
 def _hopeless(error: object) -> UserError | None:
-    """The user's mistake or the divergence behind a worker's failure, if it is one: no restart could mend it.
+    """The user's mistake, as is a divergence, behind a worker's failure, if it is one: no restart could mend it.
 
     A storage that does not answer may do so in a minute.
     """
     original = getattr(error, "_base_exc", error)
     if isinstance(original, storage.StorageError) and not isinstance(original, storage.NotFoundError):
         return None
-    return UserError(str(original)) if isinstance(original, UserError | DivergedError) else None
+    return original if isinstance(original, UserError) else None
 
 
 def _train_worker(config: dict[str, Any]) -> None:
