@@ -70,7 +70,9 @@ class Training(Block):
     def _schedule_is_whole(self) -> Self:
         schedule, start = self.learning_rate_schedule, self.initial_learning_rate
         if schedule != "exponential" and start is not None:
-            raise ValueError(f"initial_learning_rate {start:g} needs learning_rate_schedule exponential, not {schedule}")
+            raise ValueError(
+                f"initial_learning_rate {start:g} needs learning_rate_schedule exponential, not {schedule}"
+            )
         if schedule == "exponential" and (start is None or start >= self.learning_rate):
             raise ValueError(
                 "learning_rate_schedule exponential needs an initial_learning_rate below learning_rate "
