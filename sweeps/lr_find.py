@@ -9,6 +9,7 @@ RUN/lr-find.json, RUN/lr-find.png    what was found, beside what any run's folde
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ MIN_STEPS, MIN_POINTS = 20, 10  # asked for; that a suggestion is made from
 BLOWN_UP = 4.0  # times the lowest smoothed loss, as in fastai
 CLEAR = 6.0  # standard deviations of the smoothed loss; by noise alone, one test in twenty shows a larger fall
 RAW, SMOOTHED, SUGGESTED, LOWEST = "#9aa7b1", "#2c5f8a", "#c0392b", "#555555"
+
+# How often Ray Train takes a report, of which each step makes one: by its default, one in two seconds.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 RULE = (
     "the learning rate at which the smoothed loss falls most steeply over log learning rate, before its minimum; "
@@ -142,7 +146,7 @@ def find_learning_rate(
 
     def watch(progress: Progress) -> None:
         nonlocal has_blown_up
-        if progress.stage == stage:
+        if progress.stage == stage and "loss" in progress.metrics:
             seen[progress.step] = (progress.metrics["learning_rate"], progress.metrics["loss"])
             if not has_blown_up and Curve.of(seen.values(), steps).has_blown_up:
                 has_blown_up = True
@@ -201,7 +205,7 @@ def suggest(curve: Curve) -> Suggestion:
     losses, rates, first, end = curve.smoothed_losses, curve.smoothed_learning_rates, curve.first, curve.end
     if end - first < MIN_POINTS:
         raise UserError(
-            f"only {end} of {curve.steps} steps had a finite loss before it blew up, and the first {first} do not count: "
+            f"only {end} of {curve.steps} steps had a finite loss before it blew up, the first {first} of no account: "
             "give more --steps, or a lower --lr-min and --lr-max"
         )
     lowest = first + int(losses[first:end].argmin())

@@ -32,6 +32,7 @@ from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
 from trainers.fidelity.extractors import label_of
+from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.registration import register_model
@@ -279,8 +280,11 @@ def _train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
+    reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+        nonlocal reported
+        reported = step
         if pixels is not None and len(pixels):
             png = io.BytesIO()
             grid(pixels).save(png, "PNG")
@@ -301,14 +305,20 @@ def _train_worker(config: dict[str, Any]) -> None:
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),
         checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
     ):
-        train_rank(
-            recipe,
-            config["stage"],
-            run,
-            device=ray.train.torch.get_device(),
-            report=report,
-            resume_from=Path(resume_from) if resume_from else None,
-        )
+        try:
+            train_rank(
+                recipe,
+                config["stage"],
+                run,
+                device=ray.train.torch.get_device(),
+                report=report,
+                resume_from=Path(resume_from) if resume_from else None,
+            )
+        except DivergedError:
+            # An error overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
+            last = {"step": reported, "has_picture": False}
+            ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
+            raise
 
 
 class _RecordReports(ray.train.UserCallback):

@@ -76,7 +76,7 @@ class Watch:
 
 @contextmanager
 def watching(console: Console, command: str) -> Iterator[Watch]:
-    """Show a run that trains inside the block; where it is interrupted, say that `command` goes on with it, and exit."""
+    """Show a run that trains inside the block; if it is interrupted, say that `command` goes on with it, and exit."""
     from trainers.launch import RunStopped
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
