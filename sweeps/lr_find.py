@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -239,21 +238,30 @@ def draw(curve: Curve, suggestion: Suggestion | None, title: str) -> Figure:
     margin = 0.08 * ((high - low) or 1.0)
     axes.set_ylim(low - margin, high + margin)
     if suggestion:
-        _mark(axes, suggestion.learning_rate, curve, "suggested", SUGGESTED, "-")
-        _mark(axes, suggestion.tenth_of_minimum, curve, "lowest / 10", LOWEST, ":")
-        _mark(axes, suggestion.minimum, curve, "lowest", LOWEST, "--")
+        for name, rate, line in (
+            ("lowest", suggestion.minimum, "--"),
+            ("lowest / 10", suggestion.tenth_of_minimum, ":"),
+        ):
+            axes.axvline(rate, color=LOWEST, linewidth=1, linestyle=line, label=f"{name}: {rate:.2g}")
+        rate = suggestion.learning_rate
+        axes.axvline(rate, color=SUGGESTED, linewidth=1.6)
+        axes.plot([rate], [np.interp(rate, rates, losses)], color=SUGGESTED, marker="o", markersize=9, zorder=3)
+        axes.annotate(
+            f"suggested: {rate:.2g}",
+            (rate, high),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=SUGGESTED,
+            weight="bold",
+            size=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.set_title(title, size=10, loc="left")
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8)
     return figure
-
-
-def _mark(axes: Axes, rate: float, curve: Curve, what: str, colour: str, line: str) -> None:
-    axes.axvline(rate, color=colour, linewidth=1.3, linestyle=line, label=f"{what}: {rate:.2g}")
-    loss = np.interp(math.log(rate), np.log(curve.smoothed_learning_rates), curve.smoothed_losses)
-    axes.plot([rate], [loss], color=colour, marker="o", markersize=7, zorder=3)
 
 
 def _conclude(recipe: Recipe, stage: str, run: RunFolder, steps: int) -> Found:

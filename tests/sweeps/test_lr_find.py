@@ -20,7 +20,9 @@ from cluster.evaluations import KIND
 from sweeps.figures import png
 from sweeps.lr_find import Curve, draw, range_test, smoothed, suggest
 from sweeps.lr_find_cli import run_lr_find
+from tests.trainers.test_loop import vae_model
 from trainers.recipe import Fidelity, MSDMRecipe
+from trainers.run_folder import RunFolder
 
 STEPS = 100
 Loss = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -141,10 +143,12 @@ def test_the_recipe_of_a_test(recipe: MSDMRecipe, tmp_path: Path) -> None:
 def test_a_range_test_until_the_loss_blows_up(
     recipe_document: dict[str, Any], tmp_path: Path, tracking_uri: str
 ) -> None:
-    recipe_document["vae"]["training"]["steps"] = 2
     recipe_document["denoiser"]["noise"] = {"prediction_type": "epsilon"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_document))
+    autoencoder = RunFolder(str(tmp_path / "runs" / "tested"))  # as if it was trained before the test was cut off
+    vae_model(MSDMRecipe.model_validate(recipe_document), autoencoder, tmp_path)
+    autoencoder.mark_complete("vae")
     console = Console(file=StringIO(), width=200)
     overrides = ["denoiser.training.global_batch_size=8", "denoiser.training.micro_batch_size=8"]
     found = run_lr_find(str(path), overrides, console, run="tested", lr_min=1e-4, lr_max=1e4, steps=60)
