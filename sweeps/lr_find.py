@@ -34,15 +34,15 @@ DOCUMENT, PICTURE = "lr-find.json", "lr-find.png"
 KIND_OF_RUN = "lr-find"
 MIN_STEPS, MIN_POINTS = 20, 10  # asked for; that a suggestion is made from
 BLOWN_UP = 4.0  # times the lowest smoothed loss, as in fastai
-CLEAR = 6.0  # standard deviations of the smoothed loss; by noise alone, one test in twenty shows a larger fall
+CLEAR = 6.0  # standard deviations of the smoothed log loss; by noise alone, one test in twenty falls by more
 RAW, SMOOTHED, SUGGESTED, LOWEST = "#9aa7b1", "#2c5f8a", "#c0392b", "#555555"
 
 # How often Ray Train takes a report, of which each step makes one: by its default, one in two seconds.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 RULE = (
-    "the learning rate at which the smoothed loss falls most steeply over log learning rate, before its minimum; "
-    "slopes are over a tenth of the test; its first tenth does not count, nor what follows a loss of 4 times the lowest"
+    "the learning rate at which the smoothed loss falls most steeply before its minimum, both on logarithmic scales; "
+    "slopes are over a fifth of the test; its first tenth does not count, nor what follows a loss of 4 times the lowest"
 )
 
 
@@ -68,11 +68,12 @@ class Curve:
 
     @property
     def smoothed_losses(self) -> NDArray[np.float64]:
-        return smoothed(self.losses, self.time_constant)
+        """Geometric means: which timesteps a batch drew scales its loss, and one outlier must not shape the curve."""
+        return np.exp(smoothed(np.log(self.losses), self.time_constant))
 
     @property
     def smoothed_learning_rates(self) -> NDArray[np.float64]:
-        """Where the smoothed losses belong: an average lags, so the same one is taken of log learning rate."""
+        """Where the smoothed losses belong: an average lags, so the same one is taken of the learning rates."""
         return np.exp(smoothed(np.log(self.learning_rates), self.time_constant))
 
     @property
@@ -210,17 +211,17 @@ def suggest(curve: Curve) -> Suggestion:
     lowest = first + int(losses[first:end].argmin())
     before = slice(first, lowest + 1)
     # An average over a time constant T has 1 / (2 T - 1) of the variance of what it averages.
-    noise = float((curve.losses - losses)[before].std()) / math.sqrt(2 * curve.time_constant - 1)
-    fall = float(losses[before].max() - losses[lowest])
-    half = max(1, curve.steps // 20)
+    spread = float(np.log(curve.losses / losses)[before].std()) / math.sqrt(2 * curve.time_constant - 1)
+    fall, clear_fall = float(losses[before].max() / losses[lowest]), math.exp(CLEAR * spread)
+    half = max(1, curve.steps // 10)
     starts = np.arange(first, min(lowest - half + 1, len(losses) - 2 * half))
-    if not len(starts) or fall <= CLEAR * noise:
+    if not len(starts) or fall <= clear_fall:
         raise UserError(
             f"the loss does not clearly fall between learning rates {curve.learning_rates[0]:.2g} and "
-            f"{curve.learning_rates[-1]:.2g} (by {fall:.2g}; noise alone may show {CLEAR * noise:.2g}): "
+            f"{curve.learning_rates[-1]:.2g} (by a factor of {fall:.3g}; noise alone may show {clear_fall:.3g}): "
             "give a lower --lr-min or a larger --lr-max, or, against noise, more --steps or a larger global_batch_size"
         )
-    slopes = (losses[starts + 2 * half] - losses[starts]) / np.log(rates[starts + 2 * half] / rates[starts])
+    slopes = np.log(losses[starts + 2 * half] / losses[starts]) / np.log(rates[starts + 2 * half] / rates[starts])
     steepest = int(starts[slopes.argmin()]) + half
     return Suggestion(learning_rate=float(rates[steepest]), minimum=float(rates[lowest]))
 
