@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from cluster import storage
@@ -235,9 +236,11 @@ def draw(curve: Curve, suggestion: Suggestion | None, title: str) -> Figure:
     axes.plot(rates, losses, color=SMOOTHED, linewidth=2.4, label="smoothed")
     axes.set_xscale("log")
     axes.set_xlim(curve.learning_rates[0], curve.learning_rates[-1])
-    low, high = curve.losses[:end].min(), max(np.percentile(curve.losses[:end], 98), losses[:end].max())
-    margin = 0.08 * ((high - low) or 1.0)
-    axes.set_ylim(low - margin, high + margin)
+    axes.set_yscale("log")
+    axes.yaxis.set(major_locator=MaxNLocator(6), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
+    lowest = int(losses[:end].argmin())
+    high = 1.3 * curve.losses[: lowest + 1].max()
+    axes.set_ylim(curve.losses[:end].min() / 1.1, high)
     if suggestion:
         for name, rate, line in (
             ("lowest", suggestion.minimum, "--"),
@@ -250,18 +253,18 @@ def draw(curve: Curve, suggestion: Suggestion | None, title: str) -> Figure:
         axes.annotate(
             f"suggested: {rate:.2g}",
             (rate, high),
-            xytext=(6, 0),
+            xytext=(6, -18),
             textcoords="offset points",
             color=SUGGESTED,
             weight="bold",
             size=10,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1},
         )
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.set_title(title, size=10, loc="left")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
