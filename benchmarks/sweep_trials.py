@@ -14,7 +14,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -212,8 +211,9 @@ def search(
     load_before = os.getloadavg()[0]
     with workplace(keep, {"steps": steps, "vae_steps": vae_steps, **asked}) as folder:
         prepare(folder, steps=steps, vae_steps=vae_steps)
-        make_spec = partial(spec_of, recipe=_recipe_file(folder), **asked)
-        specs = [make_spec("grid"), *(make_spec(name, seed=seed) for name in ("asha-tpe", "random") for seed in seeds)]
+        recipe = _recipe_file(folder)
+        seeded = [(name, seed) for name in ("asha-tpe", "random") for seed in seeds]
+        specs = [spec_of(name, recipe, seed=seed, **asked) for name, seed in [("grid", 0), *seeded]]
         rows = [_row_of_sweep(folder, spec) for spec in specs]
         document = {
             **circumstances(load_before),
@@ -289,7 +289,7 @@ def steps_until(trials: Sequence[Mapping[str, Any]], loss: float) -> int | None:
     """Steps of all trials up to the first that was trained to its end and came to `loss`; None if none did."""
     total = 0
     for trial in trials:
-        total += trial["steps"]
+        total += int(trial["steps"])
         if trial["state"] == "finished" and trial["value"] <= loss:
             return total
     return None

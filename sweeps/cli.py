@@ -19,8 +19,8 @@ from rich.table import Table
 from cluster.errors import UserError
 from sweeps.guidance_cli import run_guidance_sweep
 from sweeps.guidance_spec import load_guidance_spec
+from sweeps.lr_find_cli import run_lr_find
 from sweeps.spec import SweepSpec, Trial, load_spec
-from trainers.evaluation_options import Cache, Device, Workers
 from trainers.recipe import read_document
 
 if TYPE_CHECKING:
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
-OVER_RECIPES, OVER_GUIDANCE = "a sweep over recipes", "a sweep over guidance"
-OPTIONS = {OVER_RECIPES: {"run", "resume"}, OVER_GUIDANCE: {"guidance", "data", "out", "workers", "device", "cache"}}
+OVER_RECIPES, OVER_GUIDANCE, RANGE_TEST = "a sweep over recipes", "a sweep over guidance", "a range test"
+OPTIONS = {
+    OVER_RECIPES: {"run", "resume"},
+    OVER_GUIDANCE: {"guidance", "data", "out", "workers", "device", "cache"},
+    RANGE_TEST: {"lr_find", "lr_min", "lr_max", "steps", "run"},
+}
 """Options that only some sweeps have."""
 
 
@@ -43,10 +47,14 @@ def sweep(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Change a key of the specification, as budget.trials=4; fixed.… takes a recipe's key."
+            "--set",
+            help="Change a key of the specification, as budget.trials=4; fixed.… takes a recipe's key. With --lr-find: "
+            "of the recipe.",
         ),
     ] = None,
-    run: Annotated[str | None, typer.Option(help="Name of a new sweep.", rich_help_panel="Over recipes")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Name of a new sweep, or of a range test.", rich_help_panel="Over recipes")
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -72,9 +80,34 @@ def sweep(
             rich_help_panel="Over guidance",
         ),
     ] = None,
-    workers: Workers = 1,
-    device: Device = None,
-    cache: Cache = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.", rich_help_panel="Over guidance"),
+    ] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: cuda where there is one.", rich_help_panel="Over guidance"),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Where features of real images are kept. Default: features/ in the sweep.",
+            rich_help_panel="Over guidance",
+        ),
+    ] = None,
+    lr_find: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Train a recipe's last stage with ever larger learning rates, and suggest one.",
+            rich_help_panel="Range test",
+        ),
+    ] = None,
+    lr_min: Annotated[float, typer.Option(help="Where it begins.", rich_help_panel="Range test")] = 1e-6,
+    lr_max: Annotated[
+        float, typer.Option(help="Where it ends, if the loss has not blown up.", rich_help_panel="Range test")
+    ] = 1.0,
+    steps: Annotated[int, typer.Option(help="One rate each.", rich_help_panel="Range test")] = 100,
 ) -> None:
     """Try recipes over a space of their keys, stop the bad ones early, and register the best model as `candidate`.
 
@@ -83,15 +116,22 @@ def sweep(
     Or find out how a trained model is best drawn, which becomes its registered version's default:
 
     medsynth sweep --guidance models:/msdm-demo/1 --data demo/shards --workers 2
+
+    Or where to look for a learning rate:
+
+    medsynth sweep --lr-find recipes/msdm-demo.yaml
     """
-    kind = (
-        OVER_GUIDANCE
-        if guidance or (spec and "model" in read_document(spec, "sweep", "'recipe' and 'space'"))
-        else OVER_RECIPES
-    )
+    if guidance or (spec and "model" in read_document(spec, "sweep", "'recipe' and 'space'")):
+        kind = OVER_GUIDANCE
+    else:
+        kind = RANGE_TEST if lr_find else OVER_RECIPES
     _check_options(context, kind)
     changes = list(overrides or [])
-    if kind == OVER_GUIDANCE:
+    if lr_find:
+        if spec:
+            raise UserError("--lr-find takes the recipe itself, and no specification beside it")
+        run_lr_find(lr_find, changes, console, run=run, lr_min=lr_min, lr_max=lr_max, steps=steps)
+    elif kind == OVER_GUIDANCE:
         # What is named by an option of its own is quoted, so that it is read as it was typed.
         changes += [f"model={json.dumps(guidance)}"] if guidance else []
         changes += [f"data={json.dumps(data)}"] if data else []
@@ -112,7 +152,7 @@ def _check_options(context: typer.Context, kind: str) -> None:
         for name in options - OPTIONS[kind]:
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
-                raise UserError(f"--{name} is an option of {other}, and this is {kind}")
+                raise UserError(f"--{name.replace('_', '-')} is an option of {other}, and this is {kind}")
 
 
 def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume: str | None) -> None:

@@ -9,7 +9,6 @@ OUT/settings/NAME/     a setting's samples/ and shares/, as an evaluation has th
 OUT/sweep.json         the document; front.png and grid.png are its pictures
 """
 
-import io
 import json
 import os
 from collections import Counter
@@ -30,6 +29,7 @@ from cluster.evaluations import KIND, PARENT
 from cluster.registry import RegisteredModel
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from data_shards import Manifest
+from sweeps.figures import png
 from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep, SettingResult
 from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
 from sweeps.pareto import pareto_front
@@ -232,8 +232,8 @@ def sweep_guidance(
         recommended=found[recommend(points, is_tied)].name,
         rule=RULE,
     )
-    storage.write_bytes(storage.join(out, FRONT), _png(draw_front(sweep)))
-    storage.write_bytes(storage.join(out, GRID), _png(_grid(sweep, out)))
+    storage.write_bytes(storage.join(out, FRONT), png(draw_front(sweep)))
+    storage.write_bytes(storage.join(out, GRID), png(_grid(sweep, out)))
     storage.write_bytes(storage.join(out, SWEEP), sweep.model_dump_json(indent=1).encode())
     return sweep
 
@@ -397,9 +397,3 @@ def _grid(sweep: GuidanceSweep, out: str) -> Figure:
     columns.sort(key=lambda result: result.setting[axis])
     pictures = [[read_sample(setting_uri(out, c.name), number) for c in columns] for number in numbers]
     return draw_grid(sweep, pictures, columns, [sweep.samples[number].prompt for number in numbers])
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120, metadata={"Software": "medsynth"})
-    return data.getvalue()

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.sweep_trials import RATE, WARMUP, beside_grid, small_recipe, spec_of, steps_until, workplace
 from sweeps.space import check, grid_points, num_trials
+from sweeps.spec import ASHA
 from trainers.recipe import dump_recipe
 
 TRIALS: list[dict[str, Any]] = [
@@ -43,7 +44,7 @@ def test_the_searches_fit_the_small_recipe(tmp_path: Path) -> None:
     assert points[-1] == {RATE: pytest.approx(1e-2), WARMUP: 50}
     assert [num_trials(spec) for spec in (random, asha)] == [12, 12]
     assert random.scheduler is None
-    assert asha.scheduler is not None
+    assert isinstance(asha.scheduler, ASHA)
     assert asha.scheduler.grace_steps % every == 0
 
 

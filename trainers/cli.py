@@ -1,7 +1,6 @@
 """The commands `medsynth train`, `generate`, `plan`, `export` and `shards precompute`."""
 
 import shlex
-import signal
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import Progress as ProgressBar
 from cluster.errors import UserError
 from cluster.progress import progress_lines
 from trainers.recipe import FluxRecipe, load_recipe
-from trainers.watch import Watch, summarize
+from trainers.watch import summarize, watching
 
 console = Console(highlight=False)
 
@@ -41,7 +40,7 @@ def train(
     """
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
     loaded = load_recipe(recipe, overrides or [])
-    from trainers.launch import RunStopped, emulated_precision, train_recipe
+    from trainers.launch import emulated_precision, train_recipe
 
     name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
@@ -52,21 +51,8 @@ def train(
     )
     if notice := emulated_precision(loaded):
         console.print(f"[yellow]{notice}[/]", soft_wrap=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
-    try:
-        with Watch(console) as watch:
-            trained = train_recipe(
-                loaded,
-                name,
-                on_progress=watch.show,
-                on_stop_requested=lambda: watch.say("Stopping: saving the state. Ctrl-C again to give up on it."),
-            )
-    except RunStopped:
-        console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except KeyboardInterrupt:
-        console.print(f"Given up; the latest checkpoint is kept. To go on: {command}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    with watching(console, command) as watch:
+        trained = train_recipe(loaded, name, on_progress=watch.show, on_stop_requested=watch.say_stopping)
     summarize(console, trained, loaded.sampling.prompts[-1])
 
 

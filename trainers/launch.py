@@ -282,22 +282,25 @@ def _fit(
 
 
 def _hopeless(error: object) -> UserError | None:
-    """The user's mistake or the divergence behind a worker's failure, if it is one: no restart could mend it.
+    """The user's mistake, as is a divergence, behind a worker's failure, if it is one: no restart could mend it.
 
     A storage that does not answer may do so in a minute.
     """
     original = getattr(error, "_base_exc", error)
     if isinstance(original, storage.StorageError) and not isinstance(original, storage.NotFoundError):
         return None
-    return UserError(str(original)) if isinstance(original, UserError | DivergedError) else None
+    return original if isinstance(original, UserError) else None
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
+    reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+        nonlocal reported
+        reported = step
         if pixels is not None and len(pixels):
             png = io.BytesIO()
             grid(pixels).save(png, "PNG")
@@ -321,14 +324,20 @@ def _train_worker(config: dict[str, Any]) -> None:
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),
         checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
     ):
-        train_rank(
-            recipe,
-            config["stage"],
-            run,
-            device=ray.train.torch.get_device(),
-            report=report,
-            resume_from=Path(resume_from) if resume_from else None,
-        )
+        try:
+            train_rank(
+                recipe,
+                config["stage"],
+                run,
+                device=ray.train.torch.get_device(),
+                report=report,
+                resume_from=Path(resume_from) if resume_from else None,
+            )
+        except DivergedError:
+            # An error overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
+            last = {"step": reported, "has_picture": False}
+            ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
+            raise
 
 
 class _RecordReports(ray.train.UserCallback):

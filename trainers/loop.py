@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cluster.errors import UserError
 from data_shards import Batch, ShardStream, derive_seed
 from trainers.engines import Engine, StepOutcome
 from trainers.learning_rate import learning_rate_at
@@ -27,7 +28,7 @@ Report = Callable[[int, dict[str, float], Tensor | None, Path | None], None]
 rank alike. The folder belongs to the callee, who removes it."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """Loss or gradients were not finite in too many steps in a row."""
 
 

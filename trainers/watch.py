@@ -1,10 +1,13 @@
 """What a person sees while a run trains: a bar on a terminal, a line for each report in a log."""
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -66,6 +69,26 @@ class Watch:
 
     def say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
+
+    def say_stopping(self) -> None:
+        self.say("Stopping: saving the state. Ctrl-C again to give up on it.")
+
+
+@contextmanager
+def watching(console: Console, command: str) -> Iterator[Watch]:
+    """Show a run that trains inside the block; if it is interrupted, say that `command` goes on with it, and exit."""
+    from trainers.launch import RunStopped
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
+    try:
+        with Watch(console) as watch:
+            yield watch
+    except RunStopped:
+        console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        console.print(f"Given up; the latest checkpoint is kept. To go on: {command}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:

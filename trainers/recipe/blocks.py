@@ -39,8 +39,11 @@ class Training(Block):
     micro_batch_size: int = Field(gt=0)
     """Samples per rank and forward pass; gradient accumulation follows from it."""
     learning_rate: float = Field(gt=0)
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant, or a half cosine down to zero at the last step."""
+    learning_rate_schedule: Literal["constant", "cosine", "exponential"] = "constant"
+    """After warm-up: constant, or a half cosine down to zero at the last step. Without one: an exponential rise from
+    initial_learning_rate to learning_rate at the last step, to find out how large it may be."""
+    initial_learning_rate: float | None = Field(default=None, gt=0)
+    """Where the schedule `exponential` starts, which needs it; others have none."""
     warmup_steps: int = Field(default=0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -61,6 +64,22 @@ class Training(Block):
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        schedule, start = self.learning_rate_schedule, self.initial_learning_rate
+        if schedule != "exponential" and start is not None:
+            raise ValueError(
+                f"initial_learning_rate {start:g} needs learning_rate_schedule exponential, not {schedule}"
+            )
+        if schedule == "exponential" and (start is None or start >= self.learning_rate):
+            raise ValueError(
+                "learning_rate_schedule exponential needs an initial_learning_rate below learning_rate "
+                f"{self.learning_rate:g}, not {'none' if start is None else f'{start:g}'}"
+            )
+        if schedule == "exponential" and self.warmup_steps:
+            raise ValueError(f"learning_rate_schedule exponential has no warm-up: warmup_steps {self.warmup_steps}")
         return self
 
 
