@@ -37,7 +37,7 @@ from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
-from trainers.launch import Progress, RunStopped, TrainedRun, train_recipe
+from trainers.launch import Progress, RunStopped, TrainedRun, register_run, train_recipe
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.run_folder import COMPLETE, RunFolder
@@ -180,17 +180,15 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
     tracker.log_text(text, "best-recipe.yaml")
     if best.value is not None:
         tracker.log_metrics({f"best/{spec.objective.metric}": best.value}, best.number)
-    model = journal.run_folder(best.number).model(family_of(recipe).STAGES[-1])
-    name = recipe.tracking.register_as
-    if name is None or best.run_id is None:
-        return model
-    from trainers.registration import register_model  # as above
-
-    version = register_model(recipe, manifest, model, Tracker(tracker.tracking_uri, best.run_id), name=name)
-    registered = RegisteredModel(tracker.tracking_uri, name)
-    registered.tag(version, sampling_tags(setting))
-    registered.point(CANDIDATE, version)
-    return f"models:/{name}/{version}"
+    assert best.run_id is not None  # it was trained to its end
+    run = journal.run_folder(best.number)
+    model_uri = register_run(recipe, manifest, run, Tracker(tracker.tracking_uri, best.run_id))
+    if model_uri.startswith("models:/"):
+        name, _, number = model_uri.removeprefix("models:/").rpartition("/")
+        model = RegisteredModel(tracker.tracking_uri, name)
+        model.tag(int(number), sampling_tags(setting))
+        model.point(CANDIDATE, int(number))
+    return model_uri
 
 
 def _write_report(conductor: "_Conductor") -> None:

@@ -114,7 +114,7 @@ def train_recipe(
                 if not run.has_model(stage):
                     begin = start_from if stage == trained[-1] else None
                     _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
-            model_uri = run.model(trained[-1]) if stages else _register(recipe, manifest, run, tracker)
+            model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
@@ -434,7 +434,7 @@ def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.C
         return measure_checkpoint(recipe, folder)
 
 
-def _register(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:
+def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:
     """Make the finished model a version of the recipe's registered model, once, and return its URI."""
     name = recipe.tracking.register_as
     if name is None:
