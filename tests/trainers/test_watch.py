@@ -1,13 +1,16 @@
 """What a person sees of a run."""
 
 import io
+import signal
 
+import pytest
+import typer
 from rich.console import Console
 
 from cluster.tracking import Tracker
-from trainers.launch import Progress, TrainedRun
+from trainers.launch import Progress, RunStopped, TrainedRun
 from trainers.run_folder import RunFolder
-from trainers.watch import Watch, summarize
+from trainers.watch import Watch, summarize, watching
 
 REPORTS = [
     Progress("vae", 50, 100, {"loss": 0.51, "images_per_second": 12.34, "learning_rate": 1e-4}),
@@ -50,3 +53,20 @@ def test_the_summary_has_the_last_fidelity_and_what_failed() -> None:
     summarize(Console(file=out, width=200, highlight=False), trained, "a polyp")
     assert "fid random vgg 12.35  recall 0.25" in out.getvalue()
     assert "Failed: fidelity at step 20: cannot read weights [abc]" in out.getvalue()
+
+
+@pytest.mark.parametrize(("interruption", "said"), [(RunStopped, "Stopped and saved"), (KeyboardInterrupt, "Given up")])
+def test_who_interrupts_a_run_is_told_how_to_go_on(interruption: type[BaseException], said: str) -> None:
+    out = io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            pytest.raises(typer.Exit) as caught,
+            watching(Console(file=out, width=60), "medsynth train r.yaml --run again"),
+        ):
+            raise interruption
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.exit_code == 130
+    assert said in out.getvalue()
+    assert out.getvalue().rstrip().endswith("To go on: medsynth train r.yaml --run again")
