@@ -386,6 +386,7 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
             search_alg=_Search(conductor),
             scheduler=_scheduler(spec, conductor),
             num_samples=-1,
+            max_concurrent_trials=conductor.limit,  # or Tune would start one process after the other
             reuse_actors=True,  # a process takes seconds to import what trains
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
