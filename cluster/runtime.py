@@ -10,7 +10,10 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import ray
+import ray.util
+from ray import PlacementGroupID
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from cluster.errors import UserError
 from cluster.nodes import Node
@@ -102,6 +105,19 @@ def check_capacity(
                 f"{who} need {needed} {resource}s, the Ray cluster has {there}: "
                 "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
             )
+
+
+def current_placement_group() -> str:
+    """The id of the placement group that this worker is in."""
+    group = get_current_placement_group()
+    return str(group.id.hex()) if group else ""
+
+
+def remove_placement_group(group_id: str) -> None:
+    """Give back what a placement group holds; nothing happens if the connected cluster has none of that id."""
+    known = ray.util.placement_group_table().get(group_id)
+    if known and known["state"] != "REMOVED":
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def map_actors(

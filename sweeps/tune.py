@@ -37,7 +37,7 @@ from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
-from trainers.launch import Progress, RunStopped, TrainedRun, register_run, train_recipe
+from trainers.launch import Progress, RunStopped, TrainedRun, register_run, release, train_recipe
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.run_folder import COMPLETE, RunFolder
@@ -410,6 +410,9 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         conductor.cut_off()
+        for trial in conductor.trials:
+            if trial.state != "finished":
+                release(setting.journal.run_folder(trial.number))
     if conductor.since and not conductor.is_spent():
         raise SweepStopped
     if conductor.since:

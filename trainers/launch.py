@@ -191,6 +191,7 @@ def _train_stage(
     on_stop_requested: Callable[[], None],
 ) -> None:
     """Train one stage under Ray Train and put its model into the run's folder."""
+    release(run)
     cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0})
@@ -231,6 +232,15 @@ def _train_stage(
         num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), scheduling_strategy=runtime.ANYWHERE
     )
     ray.get(export.remote(recipe, stage, run, result.checkpoint))
+
+
+def release(run: RunFolder) -> None:
+    """Give back what the run's ranks still hold of the cluster when the process that launched them was killed.
+
+    Ray Train does so by itself only where Ray's dashboard runs.
+    """
+    if storage.exists(run.placement):
+        runtime.remove_placement_group(storage.read_bytes(run.placement).decode())
 
 
 def _fit(
@@ -319,6 +329,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     if checkpoint is None and config["start_from"]:
         filesystem, path = storage.arrow_filesystem(config["start_from"])
         checkpoint = ray.train.Checkpoint(path, filesystem)
+    if context.get_world_rank() == 0:
+        storage.write_bytes(run.placement, runtime.current_placement_group().encode())
     node = platform.node()
     with (
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),

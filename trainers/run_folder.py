@@ -3,6 +3,7 @@
 RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
 RUN/STOP            there while the run is asked to stop
+RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
 RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
 RUN/pictures/       previews
@@ -77,6 +78,10 @@ class RunFolder:
     @property
     def _stop_file(self) -> str:
         return storage.join(self.uri, "STOP")
+
+    @property
+    def placement(self) -> str:
+        return storage.join(self.uri, "placement")
 
     def request_stop(self) -> None:
         storage.write_bytes(self._stop_file, b"")
