@@ -9,7 +9,6 @@ RUN/lr-find.json, RUN/lr-find.png    what was found, beside what any run's folde
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,6 @@ MIN_STEPS, MIN_POINTS = 20, 10  # asked for; that a suggestion is made from
 BLOWN_UP = 4.0  # times the lowest smoothed loss, as in fastai
 CLEAR = 6.0  # standard deviations of the smoothed log loss; by noise alone, one test in twenty falls by more
 RAW, SMOOTHED, SUGGESTED, LOWEST = "#9aa7b1", "#2c5f8a", "#c0392b", "#555555"
-
-# How often Ray Train takes a report, of which each step makes one: by its default, one in two seconds.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 RULE = (
     "the learning rate at which the smoothed loss falls most steeply before its minimum, both on logarithmic scales; "
