@@ -44,14 +44,17 @@ def medsynth(*arguments: str, **changes: Any) -> str:
 def test_msdm_learning_rate(shards: str, text_encoder_folder: Path, tmp_path: Path) -> None:
     fixed = {
         "data.shards": shards,
-        "data.resolution": 32,
+        "data.resolution": 16,
         "text_encoder.pretrained": text_encoder_folder,
+        "vae.architecture": "{latent_channels: 8, block_out_channels: [8, 8], layers_per_block: 1, norm_num_groups: 4}",
         "vae.training.steps": 2,
+        "denoiser.architecture": "{block_out_channels: [8, 16], cross_attention: [false, true], layers_per_block: 1, "
+        "num_attention_heads: 2, norm_num_groups: 4}",
         "denoiser.training.steps": 4,
         "denoiser.training.validate_every_steps": 2,
         "cluster.storage": tmp_path,
     }
-    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 3, "scheduler.grace_steps": 2}
+    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 2, "scheduler.grace_steps": 2}
     said = medsynth("sweep", str(SPECS / "msdm-learning-rate.yaml"), "--run", "rates", **changes)
     assert "Best: trial" in said
     assert f"medsynth train {tmp_path}/rates/best.yaml" in said.replace("\n", "")
