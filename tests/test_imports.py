@@ -1,6 +1,8 @@
 """The direction of imports: medsynth -> sweeps -> trainers -> data_shards -> cluster, and one door for each service."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +69,11 @@ def test_model_code_knows_no_loop_and_no_engine() -> None:
         if file.startswith(MODEL_CODE) and name.startswith(outer)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_processes_of_ray_do_not_import_what_they_do_not_need() -> None:
+    """A run starts many of them, a sweep many runs; each of these takes seconds of a processor to import."""
+    heavy = ("diffusers", "transformers", "plotly", "matplotlib")
+    code = f"import sys, trainers.launch, sweeps.tune; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
