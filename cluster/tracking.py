@@ -44,6 +44,10 @@ def default_tracking_uri() -> str:
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
+class TrackingError(UserError):
+    """The MLflow server does not answer, or refuses."""
+
+
 @dataclass
 class Tracker:
     """One MLflow run. May be sent to other processes, where it goes on writing to the same run."""
@@ -62,7 +66,7 @@ class Tracker:
         tracking_uri: str | None = None,
         artifact_location: str | None = None,
     ) -> "Tracker":
-        """Begin a run. Raises UserError if the server does not answer or refuses.
+        """Begin a run. Raises TrackingError if the server does not answer or refuses.
 
         `artifact_location` counts when the experiment is new; without it a server decides, and with SQLite
         artifacts go to mlartifacts/ beside the database.
@@ -228,10 +232,10 @@ def connect(tracking_uri: str) -> MlflowClient:
             urllib.request.urlopen(f"{without_secrets(tracking_uri)}/health", timeout=10).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):  # asked again below, with credentials
-                raise UserError(f"{without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
+                raise TrackingError(f"{without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
-            raise UserError(
+            raise TrackingError(
                 f"no MLflow server answers at {without_secrets(tracking_uri)} ({reason}): "
                 "start it, or mend MLFLOW_TRACKING_URI"
             ) from None
@@ -293,4 +297,4 @@ def explained(tracking_uri: str, what: str = "") -> Iterator[None]:
         if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "401" in message or "403" in message:
             message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may do this"
         place = f"{what} at " if what else ""
-        raise UserError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None
+        raise TrackingError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None

@@ -32,6 +32,7 @@ from data_shards import Manifest
 from sweeps.figures import png
 from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep, SettingResult
 from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
+from sweeps.guidance_spec import GuidanceGrid
 from sweeps.pareto import pareto_front
 from trainers.code_version import git_commit
 from trainers.evaluate import (
@@ -106,16 +107,7 @@ def sweep_guidance(
     """
     if fidelity not in PAIRED_METRICS:
         raise UserError(f"there is no fidelity '{fidelity}' to sweep by: choose one of {', '.join(PAIRED_METRICS)}")
-    # By names that hold in any process, whatever folder it works in and whatever an alias will mean by then.
-    request = Request(
-        shards=storage.absolute(shards),
-        splits=tuple(splits) if splits else None,
-        num_samples=num_samples,
-        images_per_prompt=images_per_prompt,
-        seed=seed,
-        extractors=tuple(absolute_extractor(uri) for uri in extractors),
-        batch_size=batch_size,
-    )
+    request = _request(shards, splits, num_samples, images_per_prompt, seed, extractors, batch_size)
     out, pinned_uri = storage.absolute(out), pinned(model_uri)
     cache = storage.absolute(cache or storage.join(out, "features"))
     manifest = Manifest.load(request.shards)
@@ -210,6 +202,7 @@ def sweep_guidance(
         medsynth_version=version("medsynth"),
         git_commit=git_commit(),
         model=subject.record,
+        pinned_model=pinned_uri,
         reference=Reference(
             shards=request.shards,
             name=manifest.name,
@@ -236,6 +229,38 @@ def sweep_guidance(
     storage.write_bytes(storage.join(out, GRID), png(_grid(sweep, out)))
     storage.write_bytes(storage.join(out, SWEEP), sweep.model_dump_json(indent=1).encode())
     return sweep
+
+
+def check_grid(grid: GuidanceGrid, shards: str) -> None:
+    """Raise UserError for what `sweep_guidance` would refuse whatever the model is, before there is one."""
+    request = _request(
+        shards, grid.splits, grid.num_samples, grid.images_per_prompt, grid.seed, grid.extractors, grid.batch_size
+    )
+    manifest = Manifest.load(request.shards)
+    check_request(request, manifest, splits_of(request, manifest))
+    for uri in request.extractors:
+        kept_extractor(uri, "cpu")
+
+
+def _request(
+    shards: str,
+    splits: Sequence[str] | None,
+    num_samples: int,
+    images_per_prompt: int,
+    seed: int,
+    extractors: Sequence[str],
+    batch_size: int,
+) -> Request:
+    """By names that hold in any process, whatever folder it works in."""
+    return Request(
+        shards=storage.absolute(shards),
+        splits=tuple(splits) if splits else None,
+        num_samples=num_samples,
+        images_per_prompt=images_per_prompt,
+        seed=seed,
+        extractors=tuple(absolute_extractor(uri) for uri in extractors),
+        batch_size=batch_size,
+    )
 
 
 def record_guidance_sweep(sweep: GuidanceSweep, out: str, *, make_default: bool = True) -> Tracker:
@@ -271,7 +296,7 @@ def record_guidance_sweep(sweep: GuidanceSweep, out: str, *, make_default: bool 
             (Path(temporary) / name).write_bytes(storage.read_bytes(storage.join(out, name)))
         tracker.log_folder(Path(temporary), KIND_OF_RUN)
     if make_default and sweep.model.uri.startswith("models:/"):
-        model, found = RegisteredModel.of(sweep.model.uri)
+        model, found = RegisteredModel.of(sweep.pinned_model)  # whatever an alias means by now
         model.tag(found.number, sampling_tags(sweep.best.setting) | {SWEEP_TAG: tracker.run_id})
     tracker.finish("FINISHED")
     return tracker

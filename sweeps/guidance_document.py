@@ -30,6 +30,8 @@ class GuidanceSweep(Record):
     medsynth_version: str
     git_commit: str
     model: ModelRecord
+    pinned_model: str
+    """Its URI with the version, where it was named by an alias."""
     reference: Reference
     seed: int
     images_per_prompt: int

@@ -1,7 +1,7 @@
 """A guidance sweep as a YAML file."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -17,18 +17,18 @@ class GuidanceGrid(Block):
 
     splits: tuple[str, ...] | None = None
     """Whose captions and images to compare with; None: all but train."""
-    guidance_scales: tuple[float, ...] = ()
+    guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Here and below: none leaves it as the model has it."""
-    true_cfg_scales: tuple[float, ...] = ()
+    true_cfg_scales: tuple[Annotated[float, Field(ge=1)], ...] = ()
     """FLUX."""
-    num_inference_steps: tuple[int, ...] = ()
+    num_inference_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
     samplers: tuple[str, ...] = ()
-    num_samples: int = Field(default=256, gt=0)
+    num_samples: int = Field(default=256, ge=16)
     """Images that each setting draws."""
     images_per_prompt: int = Field(default=2, gt=0)
     seed: int = Field(default=0, ge=0)
-    extractors: tuple[str, ...] = ("random-vgg",)
-    fidelity: str = "kid"
+    extractors: tuple[str, ...] = Field(default=("random-vgg",), min_length=1)
+    fidelity: Literal["fid", "kid", "cmmd", "precision", "recall", "f1", "density", "coverage"] = "kid"
     """Taken on the first extractor's features."""
     batch_size: int = Field(default=8, gt=0)
 

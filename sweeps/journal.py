@@ -11,6 +11,7 @@ SWEEP/NAME-000/guidance/    the sweep over guidance that it was judged by, if th
 SWEEP/features/             what extractors saw in the real images, for all of these
 SWEEP/report/               pictures
 SWEEP/best.yaml             the best trial's recipe
+SWEEP/candidate             its model, when it has the alias
 """
 
 import json
@@ -75,6 +76,8 @@ class Journal:
         Raises UserError if the earlier start had another specification, save for MAY_CHANGE, or another recipe.
         """
         if not storage.exists(self._spec):
+            if RunFolder(self.uri).mlflow_run():
+                raise UserError(f"{self.uri} is the folder of a run: give the sweep another name")
             return None
         before, now = load_spec(self._spec).model_dump(), spec.model_dump()
         changed = [key for key in now if key not in MAY_CHANGE and before[key] != now[key]]
@@ -88,6 +91,21 @@ class Journal:
     @property
     def _spec(self) -> str:
         return storage.join(self.uri, "sweep.yaml")
+
+    @property
+    def base_recipe(self) -> str:
+        return storage.join(self.uri, "recipe.yaml")
+
+    def candidate(self) -> str | None:
+        """The model that the alias was moved to when the sweep ended."""
+        return storage.read_bytes(self._candidate).decode() if storage.exists(self._candidate) else None
+
+    def note_candidate(self, model_uri: str) -> None:
+        storage.write_bytes(self._candidate, model_uri.encode())
+
+    @property
+    def _candidate(self) -> str:
+        return storage.join(self.uri, "candidate")
 
     def write_recipe(self, number: int, recipe: Recipe) -> None:
         storage.write_bytes(self.recipe(number), dump_recipe(recipe).encode())

@@ -2,8 +2,9 @@
 tried, which trial is best. Nothing is kept between calls, so a sweep that was killed goes on as if it had not been.
 """
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -12,19 +13,17 @@ import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError
 from data_shards import derive_seed
 from sweeps import population
-from sweeps.guidance_spec import GuidanceGrid
+from sweeps.objective import check_objective, objective_stage, objective_steps
 from sweeps.spec import PBT, Axis, SweepSpec, Trial
 from trainers.families import family_of
-from trainers.fidelity.evaluation import measure_name
-from trainers.fidelity.extractor_uris import label_of
 from trainers.recipe import Recipe, load_recipe
 
 STARTUP_TRIALS = 5  # drawn at random before the estimator has something to go by
 MAX_CORNERS = 64  # tried on the recipe before a sweep starts
-FIDELITY, GUIDANCE = "fidelity/", "guidance/"
+MAX_COMBINATIONS = 4096  # of which they are chosen; of more, they are drawn
 LAST_STAGE_BLOCKS = ("sampling", "fidelity")  # of a recipe, that only its last stage reads
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -38,13 +37,19 @@ def recipe_of(spec: SweepSpec, params: Mapping[str, Any]) -> Recipe:
 
 def grid_points(spec: SweepSpec) -> list[dict[str, Any]]:
     """Every combination of the grids' values, the last key changing fastest; one empty point if there is no grid."""
-    return _combinations(spec, {key: axis.grid for key, axis in spec.space.items() if axis.grid})
+    values = {key: axis.grid for key, axis in spec.space.items() if axis.grid}
+    return _combinations(spec, values, product(*values.values()))
 
 
 def corners(spec: SweepSpec) -> list[dict[str, Any]]:
     """Combinations of the extreme values of all keys: all there are, or MAX_CORNERS of them."""
-    found = _combinations(spec, {key: axis.extremes for key, axis in spec.space.items()})
-    return found if len(found) <= MAX_CORNERS else random.Random(spec.seed).sample(found, MAX_CORNERS)
+    values = {key: axis.extremes for key, axis in spec.space.items()}
+    draw = random.Random(spec.seed)
+    if math.prod(len(those) for those in values.values()) <= MAX_COMBINATIONS:
+        found = _combinations(spec, values, product(*values.values()))
+        return found if len(found) <= MAX_CORNERS else draw.sample(found, MAX_CORNERS)
+    drawn = [tuple(draw.choice(those) for those in values.values()) for _ in range(MAX_CORNERS)]
+    return _combinations(spec, values, drawn)
 
 
 def num_trials(spec: SweepSpec) -> int | None:
@@ -95,7 +100,7 @@ def next_params(spec: SweepSpec, trials: Sequence[Trial]) -> dict[str, Any]:
     study = optuna.create_study(
         sampler=optuna.samplers.RandomSampler(seed)
         if spec.search == "random"
-        else optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed),
+        else optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, constant_liar=True, seed=seed),
         direction="minimize" if spec.objective.mode == "min" else "maximize",
     )
     study.add_trials([_as_optuna(spec, trial) for trial in trials])
@@ -118,7 +123,7 @@ def best_trial(spec: SweepSpec, trials: Sequence[Trial]) -> Trial | None:
     """Of the trials that were trained to the recipe's end, the one whose objective ended best."""
     ended = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
     if isinstance(spec.scheduler, PBT):  # of which earlier generations were not
-        ended = [trial for trial in ended if trial.steps == max(other.end or 0 for other in trials)]
+        ended = [trial for trial in ended if trial.steps == max(other.steps for other in ended)]
     sign = 1 if spec.objective.mode == "min" else -1
     return min(ended, key=lambda trial: sign * (trial.value or 0), default=None)
 
@@ -131,7 +136,9 @@ def check(spec: SweepSpec) -> list[Recipe]:
     except UserError as error:
         raise UserError(f"sweep {spec.name}: {error}") from None
     for recipe in recipes:
-        _check_objective(spec, recipe)
+        check_objective(spec, recipe)
+    if spec.budget.gpu_hours is not None and not gpus_of(recipes[0]):
+        raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
     return recipes
 
 
@@ -153,18 +160,6 @@ def history_of(trials: Sequence[Trial], trial: Trial) -> str:
         f"#   to step {one.end}: {', '.join(f'{key} {value}' for key, value in one.params.items())}" for one in line
     ]
     return "\n".join(["# Of a population; the model was trained with other values before these:", *told, ""])
-
-
-def objective_stage(spec: SweepSpec, recipe: Recipe) -> str:
-    """The stage whose steps count: the one that the metric is of; fidelity and guidance are of the last."""
-    stage = spec.objective.metric.partition("/")[0]
-    stages = family_of(recipe).STAGES
-    return stage if stage in stages else stages[-1]
-
-
-def objective_steps(spec: SweepSpec, recipe: Recipe) -> int:
-    """Steps that a trial trains that stage for."""
-    return family_of(recipe).training_of(recipe, objective_stage(spec, recipe)).steps
 
 
 def shared_stages(spec: SweepSpec, recipe: Recipe) -> tuple[str, ...]:
@@ -216,80 +211,19 @@ def _fitting(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
     return min(fits)
 
 
-def _check_objective(spec: SweepSpec, recipe: Recipe) -> None:
-    metric = spec.objective.metric
-    family = family_of(recipe)
-    every = objective_steps(spec, recipe)
-    if spec.guidance:
-        fitting = guidance_metric(spec.guidance)
-        if metric != fitting:
-            raise UserError(f"sweep {spec.name}: objective.metric: with a block 'guidance', write {fitting}")
-    elif metric.startswith(FIDELITY):
-        if recipe.fidelity is None:
-            raise UserError(
-                f"sweep {spec.name}: objective.metric: {metric} is never logged, as the recipe measures no fidelity: "
-                "give it a block 'fidelity', under 'fixed' or in its file"
-            )
-        every = recipe.fidelity.every_steps
-    else:
-        logged = [f"{stage}/{name}" for stage in family.STAGES for name in ("validation_loss", "loss")]
-        if metric not in logged:
-            guess = nearest(metric, logged)
-            hint = f"did you mean '{guess}'? " if guess else ""
-            raise UserError(
-                f"sweep {spec.name}: objective.metric: '{metric}' is never logged; {hint}"
-                f"there are {', '.join(logged)} and, with a block 'fidelity', {FIDELITY}NAME"
-            )
-        training = family.training_of(recipe, metric.partition("/")[0])
-        every = training.validate_every_steps if metric.endswith("validation_loss") else training.log_every_steps
-    stage = objective_stage(spec, recipe)
-    steps = objective_steps(spec, recipe)
-    if isinstance(spec.scheduler, PBT):
-        _check_population(spec, spec.scheduler, recipe)
-    elif spec.scheduler and (every >= steps or spec.scheduler.grace_steps >= steps):
-        raise UserError(
-            f"sweep {spec.name}: scheduler: asha would stop no trial, as {metric} is known every {every} steps and "
-            f"judged from step {spec.scheduler.grace_steps}, of {steps}: lower scheduler.grace_steps, or how often "
-            f"{stage}.training validates (validate_every_steps) or the fidelity is measured"
-        )
-    if spec.budget.gpu_hours is not None and not gpus_of(recipe):
-        raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
-
-
-def _check_population(spec: SweepSpec, pbt: PBT, recipe: Recipe) -> None:
-    stage, last = objective_stage(spec, recipe), family_of(recipe).STAGES[-1]
-    schedule = family_of(recipe).training_of(recipe, stage).learning_rate_schedule
-    problem = None
-    if stage != last:
-        problem = f"it perturbs the last stage, {last}, and the objective is of {stage}"
-    elif misfits := population.misfits(spec.space, stage):
-        allowed = ", ".join(f"{stage}.{name}" for name in population.CHANGEABLE)
-        problem = f"a checkpoint does not go on with another {', '.join(misfits)}; it does with {allowed}"
-    elif schedule != "constant":
-        problem = f"it changes the learning rate itself: set {stage}.training.learning_rate_schedule to constant"
-    elif pbt.perturb_steps >= objective_steps(spec, recipe):
-        problem = f"perturb_steps {pbt.perturb_steps} leave one generation of {objective_steps(spec, recipe)} steps"
-    if problem:
-        raise UserError(f"sweep {spec.name}: scheduler: pbt: {problem}")
-
-
-def guidance_metric(grid: GuidanceGrid) -> str:
-    """What a trial with a block `guidance` is judged by, as MLflow has it."""
-    return GUIDANCE + measure_name(grid.fidelity, label_of(grid.extractors[0]))
-
-
-def _combinations(spec: SweepSpec, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """The product of the keys' values without the keys that do not count, and each only once."""
-    found: list[dict[str, Any]] = []
-    for combination in product(*values.values()):
+def _combinations(
+    spec: SweepSpec, values: Mapping[str, Sequence[Any]], combinations: Iterable[tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """Combinations of the keys' values without the keys that do not count, and each only once."""
+    found: dict[str, dict[str, Any]] = {}
+    for combination in combinations:
         point: dict[str, Any] = {}
         for key, value in zip(values, combination, strict=True):
             # A condition on a key that is not combined here is decided elsewhere.
             if _counts(spec.space[key], point, among=values):
                 point[key] = value
-        if point not in found:
-            found.append(point)
-    return found
+        found.setdefault(repr(point), point)
+    return list(found.values())
 
 
 def _counts(axis: Axis, params: Mapping[str, Any], among: Mapping[str, Any] | None = None) -> bool:

@@ -12,6 +12,7 @@ from cluster.errors import UserError, nearest
 from sweeps.guidance_spec import GuidanceGrid
 from trainers.recipe import Block, apply_override, explain, parse_override, read_document
 
+Mode = Literal["min", "max"]
 State = Literal["running", "finished", "stopped", "failed"]
 """stopped: ended early because others were better; failed: diverged, or not to be trained at all."""
 
@@ -78,7 +79,7 @@ class Axis(Block):
 class Objective(Block):
     metric: str
     """As training logs it: denoiser/validation_loss, fidelity/kid_random_vgg_64, ..."""
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = "min"
 
 
 class ASHA(Block):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
@@ -27,9 +28,17 @@ from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
 from cluster.registry import RegisteredModel
-from cluster.tracking import Status, Tracker, default_tracking_uri, find_run, without_secrets
+from cluster.tracking import (
+    Status,
+    Tracker,
+    TrackingError,
+    default_tracking_uri,
+    explained,
+    find_run,
+    without_secrets,
+)
 from data_shards import Manifest
-from sweeps import space
+from sweeps import objective, space
 from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
@@ -51,7 +60,8 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 # What Tune prints at the end tells of files that are not looked at.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # A process goes on with another trial when the ranks of a stopped one have saved their state.
-os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
+# If it were not waited for, Tune would count the next trial as lost, and tell nobody.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "86400")
 # A trial that failed reports no value.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
@@ -90,10 +100,15 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     Trials that ended are never run again; those that were cut off go on from their checkpoints. Raises UserError for
     what the user can mend, before anything starts where possible, and SweepStopped when it was interrupted.
     """
+    began = time.monotonic()
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
     recipe = at_absolute_paths(space.recipe_of(spec, {}))
     family = family_of(recipe)
     manifest = family.check(recipe)
+    for corner in corners:
+        _check_corner(corner)
+    if spec.guidance:
+        _check_guidance(spec.guidance, recipe)
     journal = Journal(storage.join(recipe.cluster.storage, name))
     previous = journal.previous(spec, recipe)
     if is_new and previous:
@@ -110,6 +125,8 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         for corner in corners:
             family.check_fits(corner, runtime.nodes())
         tracker = _begin(spec, recipe, manifest, journal, previous)
+        # Whoever edits the recipe's file while the sweep runs does not change what later trials are.
+        spec = spec.model_copy(update={"recipe": journal.base_recipe})
         status: Status = "FAILED"
         try:
             shared = space.shared_stages(spec, recipe)
@@ -122,11 +139,11 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
                     stages=shared,
                     tags={PARENT: tracker.run_id, KIND: "shared"},
                 )
-            conductor = _Conductor(spec, corners, journal, tracker, watch, limit)
+            conductor = _Conductor(spec, corners, journal, tracker, watch, limit, began)
             _run_trials(conductor, _Setting(spec, journal, tracker, shared))
-            _write_report(conductor)
             best = space.best_trial(spec, conductor.trials)
             model_uri = _keep(conductor, best, manifest) if best else None
+            _write_report(conductor)
             status = "FINISHED"
         except (RunStopped, SweepStopped, KeyboardInterrupt):
             status = "KILLED"
@@ -134,6 +151,20 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         finally:
             tracker.finish(status)
     return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri)
+
+
+def _check_corner(recipe: Recipe) -> None:
+    """Raise UserError for what `train_recipe` would refuse."""
+    manifest = family_of(recipe).check(recipe)
+    for split in recipe.fidelity.splits if recipe.fidelity else ():
+        manifest.split(split)
+
+
+def _check_guidance(grid: GuidanceGrid, recipe: Recipe) -> None:
+    """Raise UserError for what would fail when the first trial is trained."""
+    from sweeps.guidance import check_grid  # as below
+
+    check_grid(grid, recipe.data.shards)
 
 
 def _begin(
@@ -174,20 +205,23 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
     """Write the best trial's recipe as one that `medsynth train` takes, and register its model as candidate."""
     spec, journal, tracker = conductor.spec, conductor.journal, conductor.tracker
     setting = GuidanceSweep.load(journal.guidance(best.number)).best.setting if spec.guidance else {}
-    recipe = space.with_sampling(space.recipe_of(spec, best.params), setting)
+    recipe = at_absolute_paths(space.with_sampling(space.recipe_of(spec, best.params), setting))
     text = space.history_of(conductor.trials, best) + dump_recipe(recipe)
     storage.write_bytes(journal.best_recipe, text.encode())
     tracker.log_text(text, "best-recipe.yaml")
     if best.value is not None:
-        tracker.log_metrics({f"best/{spec.objective.metric}": best.value}, best.number)
+        tracker.log_metrics({f"best/{spec.objective.metric}": best.value}, len(conductor.trials))
     assert best.run_id is not None  # it was trained to its end
     run = journal.run_folder(best.number)
-    model_uri = register_run(recipe, manifest, run, Tracker(tracker.tracking_uri, best.run_id))
-    if model_uri.startswith("models:/"):
+    trained = at_absolute_paths(space.with_sampling(space.recipe_of_trial(spec, best), setting))
+    model_uri = register_run(trained, manifest, run, Tracker(tracker.tracking_uri, best.run_id))
+    # A sweep that is resumed when it has ended takes the alias from nobody.
+    if model_uri.startswith("models:/") and journal.candidate() != model_uri:
         name, _, number = model_uri.removeprefix("models:/").rpartition("/")
         model = RegisteredModel(tracker.tracking_uri, name)
         model.tag(int(number), sampling_tags(setting))
         model.point(CANDIDATE, int(number))
+        journal.note_candidate(model_uri)
     return model_uri
 
 
@@ -215,6 +249,7 @@ class _Conductor(tune.Callback):
         tracker: Tracker,
         watch: Watch,
         limit: int,
+        began: float,
     ) -> None:
         self.spec = spec
         self.journal = journal
@@ -224,8 +259,9 @@ class _Conductor(tune.Callback):
         self.limit = limit
         self.total = space.num_trials(spec)
         self.gpus = max(space.gpus_of(corner) for corner in corners)
-        self.steps = max(space.objective_steps(spec, corner) for corner in corners)
-        self.began = time.monotonic()
+        self.steps = max(objective.objective_steps(spec, corner) for corner in corners)
+        self.began = began
+        self.is_over = False  # there is no trial left to begin
         self.waiting = deque(trial.number for trial in self.trials if trial.state == "running")  # cut off earlier
         self.since: dict[int, tuple[float, float]] = {}  # running trial -> (clock at its start, seconds before that)
 
@@ -237,6 +273,7 @@ class _Conductor(tune.Callback):
         """What Tune is to start now: a trial's config, nothing yet (None), or never more (FINISHED)."""
         is_last = self.total is not None and len(self.trials) >= self.total
         if self.is_spent() or (not self.waiting and is_last):
+            self.is_over = True
             return Searcher.FINISHED
         if len(self.since) >= self.limit:
             return None
@@ -247,6 +284,7 @@ class _Conductor(tune.Callback):
                 trial = space.next_trial(self.spec, self.trials, self.steps)
             except ValueError as error:
                 self.watch.say(f"The sweep ends here: {error}")
+                self.is_over = True
                 return Searcher.FINISHED
             if trial is None:
                 return None
@@ -254,6 +292,8 @@ class _Conductor(tune.Callback):
             self.trials.append(trial)
             try:
                 recipe = at_absolute_paths(space.recipe_of_trial(self.spec, trial))
+            except storage.StorageError:
+                raise
             except UserError as error:
                 self._end(number, "failed", str(error))
                 return None
@@ -268,7 +308,7 @@ class _Conductor(tune.Callback):
         if trial.parent is None:
             return None
         recipe = load_recipe(self.journal.recipe(trial.parent))
-        stage = space.objective_stage(self.spec, recipe)
+        stage = objective.objective_stage(self.spec, recipe)
         folder = checkpoint_folder(trial.begin, recipe.cluster.num_workers)
         return storage.join(self.journal.run_folder(trial.parent).uri, stage, folder)
 
@@ -330,9 +370,13 @@ class _Conductor(tune.Callback):
             return
         self._update(number, run_id=run["run_id"])
         tracker = Tracker(self.tracker.tracking_uri, run["run_id"])
-        if reason:
-            tracker.client.set_tag(tracker.run_id, ENDED, reason)
-        tracker.finish(status)
+        try:
+            with explained(tracker.tracking_uri, f"end of trial {number}"):
+                if reason:
+                    tracker.client.set_tag(tracker.run_id, ENDED, reason)
+                tracker.finish(status)
+        except UserError as error:  # what Tune would take for a failure of its own
+            self.watch.say(str(error))
 
     def _update(self, number: int, **changes: Any) -> None:
         if number in self.since:
@@ -413,10 +457,10 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
         for trial in conductor.trials:
             if trial.state != "finished":
                 release(setting.journal.run_folder(trial.number))
-    if conductor.since and not conductor.is_spent():
+    if not conductor.is_spent() and (conductor.since or not conductor.is_over):
         raise SweepStopped
     if conductor.since:
-        conductor.watch.say("The budget is used up; trials that were cut off go on with --resume and a larger one.")
+        conductor.watch.say("The budget is used up; trials that were cut off go on with --resume.")
 
 
 def _trial_name(trial: Any) -> str:
@@ -471,7 +515,7 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
     number, journal, metric = config["number"], setting.journal, setting.spec.objective.metric
     os.environ["MLFLOW_TRACKING_URI"] = setting.tracker.tracking_uri
     recipe, run = load_recipe(journal.recipe(number)), journal.run_folder(number)
-    stage, steps = space.objective_stage(setting.spec, recipe), space.objective_steps(setting.spec, recipe)
+    stage, steps = objective.objective_stage(setting.spec, recipe), objective.objective_steps(setting.spec, recipe)
     told = 0
 
     def tell(state: State, point: tuple[int, float] | None = None, *, reason: str = "") -> None:
@@ -517,15 +561,16 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
         sys.exit()
     except storage.NotFoundError as error:
         tell("failed", reason=str(error))
-    except storage.StorageError:
+    except (storage.StorageError, TrackingError):  # may be over in a moment: Tune starts the trial again
         raise
     except (UserError, _Diverged) as error:
         tell("failed", reason=str(error))
     else:
-        if history and math.isfinite(history[max(history)]):
-            tell("finished", (max(history), history[max(history)]))
+        if math.isfinite(history.get(steps, math.nan)):
+            tell("finished", (steps, history[steps]))
         else:
-            tell("failed", reason=f"{metric} was not measured, or is not a number: see the run's tags")
+            told_why = "; ".join(f"{what}: {why}" for what, why in trained.failures.items())
+            tell("failed", reason=f"{metric} was not measured at step {steps}, or is not a number. {told_why}".strip())
 
 
 def _judge_at_best_guidance(
@@ -534,8 +579,25 @@ def _judge_at_best_guidance(
     """Sweep the trained model over guidance, and record what the setting recommended for it achieves."""
     from sweeps.guidance import sweep_guidance  # as above
 
-    out = journal.guidance(number)
-    found = sweep_guidance(
+    out, cluster = journal.guidance(number), recipe.cluster
+    beside = ray.remote(sweep_guidance).options(
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=int(cluster.use_gpu),
+        scheduling_strategy=runtime.ANYWHERE,
+        max_retries=0,
+    )
+
+    def sweep(*arguments: Any, **settings: Any) -> GuidanceSweep:
+        """On what the trial's ranks had: this process has nothing, and only waits."""
+        if cluster.num_workers > 1:
+            return sweep_guidance(*arguments, **settings)
+        try:
+            found: GuidanceSweep = ray.get(beside.remote(*arguments, **settings))
+        except RayTaskError as error:
+            raise error.cause from None
+        return found
+
+    found = sweep(
         trained.model_uri,
         recipe.data.shards,
         out,
@@ -544,7 +606,7 @@ def _judge_at_best_guidance(
         device="cuda" if recipe.cluster.use_gpu else "cpu",
         cache=journal.features,
     )
-    figures = {f"{space.GUIDANCE}{name}": measure.value for name, measure in found.best.measures.items()}
+    figures = {f"{objective.GUIDANCE}{name}": measure.value for name, measure in found.best.measures.items()}
     trained.tracker.log_metrics(figures, step)
     trained.tracker.log_params({f"guidance.{name}": value for name, value in found.best.setting.items()})
     with TemporaryDirectory() as temporary:

@@ -172,7 +172,8 @@ def test_mistakes_are_told_before_anything_is_drawn(sweep: Sweep, model: str, tm
         with pytest.raises(UserError, match=said):
             sweep(model, str(tmp_path / said[:8]), **changes)
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "0.png")
+    for number in range(NUM_SAMPLES):
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
     with pytest.raises(UserError, match=r"a folder of images, .*: name a model"):
         sweep(str(tmp_path / "images"))
     sweep(model, guidance_scales=[1])

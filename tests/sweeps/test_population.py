@@ -130,6 +130,10 @@ def test_the_best_is_of_the_last_generation_and_its_recipe_tells_its_history(spe
     best = space.best_trial(spec, [replace(trials[0], value=0.0), *trials[1:]])
     assert best is not None
     assert best.number >= 8
+    cut_off = [*trials[:8], *(replace(trial, state="running", value=None, steps=4) for trial in trials[8:])]
+    best_so_far = space.best_trial(spec, cut_off)
+    assert best_so_far is not None
+    assert 4 <= best_so_far.number < 8
     assert space.recipe_of_trial(spec, trials[5]).denoiser.training.steps == 4  # type: ignore[union-attr]
     told = space.history_of(trials, best).splitlines()
     assert [line.split()[3] for line in told[1:]] == ["2:", "4:", "6:"]

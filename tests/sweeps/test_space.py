@@ -13,6 +13,7 @@ from trainers.recipe import MSDMRecipe
 
 RATE, SCHEDULE = "denoiser.training.learning_rate", "denoiser.training.learning_rate_schedule"
 WARMUP = "denoiser.training.warmup_steps"
+FIDELITY = {"fidelity": {"every_steps": 2}}
 CONDITIONAL = {
     SCHEDULE: {"choice": ["constant", "cosine"]},
     WARMUP: {"choice": [0, 1], "when": {SCHEDULE: "cosine"}},
@@ -135,6 +136,20 @@ def test_the_best_is_one_that_was_trained_to_its_end(sweep_document: dict[str, A
         ({"objective": {"metric": "denoiser/validation_los"}}, "never logged; did you mean 'denoiser/validation_loss'"),
         ({"objective": {"metric": "fidelity/kid_random_vgg_64"}}, "the recipe measures no fidelity"),
         ({"budget": {"gpu_hours": 1}}, "the recipe uses no GPU"),
+        ({"objective": {"metric": "denoiser/loss", "mode": "max"}}, "less is better of denoiser/loss, so write min"),
+        (
+            {"objective": {"metric": "fidelity/coverag_random_vgg_64", "mode": "max"}, "fixed": FIDELITY},
+            "did you mean 'fidelity/coverage_random_vgg_64'",
+        ),
+        (
+            {"objective": {"metric": "fidelity/coverage_random_vgg_64"}, "fixed": FIDELITY},
+            "more is better of fidelity/coverage_random_vgg_64, so write max",
+        ),
+        ({"guidance": {}}, "with a block 'guidance', write guidance/kid_random_vgg"),
+        (
+            {"guidance": {"samplers": ["euler"]}, "objective": {"metric": "guidance/kid_random_vgg"}},
+            "guidance.samplers: this model has no 'euler', only ddpm, ddim",
+        ),
         ({"scheduler": {"kind": "asha", "grace_steps": 6}}, "asha would stop no trial"),
         ({"scheduler": {"kind": "asha", "grace_steps": 2}, "fixed": {}}, "asha would stop no trial"),
         ({"recipe": "nowhere.yaml"}, "nowhere.yaml"),
@@ -191,3 +206,14 @@ def test_the_specifications_that_come_along_are_right(name: str, monkeypatch: py
     spec = load_spec(str(root / "sweeps" / "specs" / f"{name}.yaml"))
     assert space.check(spec)
     assert spec.name == name
+
+
+def test_a_large_space_is_checked_at_some_of_its_corners(sweep_document: dict[str, Any]) -> None:
+    of_denoiser = ("learning_rate", "ema_decay", "weight_decay", "max_grad_norm")
+    keys = ["denoiser.caption_dropout", "vae.training.learning_rate", "vae.training.ema_decay"]
+    keys += [f"denoiser.training.{name}" for name in of_denoiser]
+    choices = [0.01 * (number + 1) for number in range(8)]
+    spec = SweepSpec.model_validate(sweep_document | {"space": {key: {"choice": choices} for key in keys}})
+    corners = space.corners(spec)  # of 8 to the 7th
+    assert 32 < len(corners) <= space.MAX_CORNERS
+    assert corners == space.corners(spec)

@@ -1,13 +1,15 @@
 """Specifications that are right are read; those that are wrong say which key, and what to write."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from cluster.errors import UserError
+from sweeps.guidance_spec import GuidanceGrid
 from sweeps.spec import ASHA, SweepSpec, dump_spec, load_spec
+from trainers.fidelity.bootstrap import PAIRED_METRICS
 
 LEARNING_RATE = "denoiser.training.learning_rate"
 
@@ -72,3 +74,23 @@ def test_a_file_that_is_no_sweep(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: [")
     with pytest.raises(UserError, match="is not YAML"):
         load_spec(str(tmp_path / "a.yaml"))
+
+
+def test_fidelity_of_guidance_is_what_pairs_are_compared_by() -> None:
+    assert get_args(GuidanceGrid.model_fields["fidelity"].annotation) == PAIRED_METRICS
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"fidelity": "kids"}, "guidance.fidelity"),
+        ({"extractors": []}, "guidance.extractors"),
+        ({"num_samples": 1}, "guidance.num_samples"),
+        ({"guidance_scales": [-1]}, "guidance.guidance_scales.0"),
+    ],
+)
+def test_a_mistake_in_the_grid_is_named(
+    sweep_document: dict[str, Any], grid: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(sweep_document | {"guidance": grid}, tmp_path)
