@@ -54,7 +54,7 @@ def test_msdm_learning_rate(shards: str, text_encoder_folder: Path, tmp_path: Pa
         "denoiser.training.validate_every_steps": 2,
         "cluster.storage": tmp_path,
     }
-    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 2, "scheduler.grace_steps": 2}
+    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 1, "scheduler.grace_steps": 2}
     said = medsynth("sweep", str(SPECS / "msdm-learning-rate.yaml"), "--run", "rates", **changes)
     assert "Best: trial" in said
     assert f"medsynth train {tmp_path}/rates/best.yaml" in said.replace("\n", "")
@@ -83,7 +83,7 @@ def test_flux_learning_rate(shards: str, precomputed: str, flux_folder: Path, tm
         "transformer.training.validate_every_steps": 2,
         "cluster.storage": tmp_path,
     }
-    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 2, "scheduler.grace_steps": 2}
+    changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 1, "scheduler.grace_steps": 2}
     said = medsynth("sweep", str(SPECS / "flux-learning-rate.yaml"), "--run", "rates", **changes)
     assert "Best: trial" in said
     assert RegisteredModel.of("models:/flux-tiny@candidate")[1].number == 1
