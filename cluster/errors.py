@@ -11,3 +11,9 @@ class UserError(Exception):
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice most like `word`, or None if none is alike: for messages that ask 'did you mean …?'."""
     return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The question, with a space after it, to put before the choices there are; nothing if none is like `word`."""
+    guess = nearest(word, choices)
+    return f"did you mean '{guess}'? " if guess else ""

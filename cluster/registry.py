@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 
 from cluster import storage
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
 
 MODEL_FOLDER = "model"
@@ -232,8 +232,7 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
     versions = client.search_model_versions(f"name = '{name}'")
     if not versions:
         names = [model.name for model in client.search_registered_models() if not model.name.endswith(LOCK)]
-        guess = nearest(name, names)
-        hint = f"did you mean '{guess}'? " if guess else ""
+        hint = did_you_mean(name, names)
         raise UserError(f"no model '{name}' is registered: {hint}there are {', '.join(names) or 'none'}")
     by_number = {int(found.version): found for found in versions}
     if version == "latest":

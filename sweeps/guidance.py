@@ -50,7 +50,6 @@ from trainers.evaluate import (
 from trainers.fidelity.alignment import MIN_BEARERS
 from trainers.fidelity.bootstrap import PAIRED_METRICS, paired_difference
 from trainers.fidelity.evaluation import Measure, Reference, measure_name
-from trainers.fidelity.extractor_uris import absolute_extractor
 from trainers.fidelity.extractors import Extractor, PromptExtractor, kept_extractor
 from trainers.fidelity.features import ReferenceFeatures, ReferenceWorker, reference_features
 from trainers.fidelity.features import Share as RealShare
@@ -251,16 +250,15 @@ def _request(
     extractors: Sequence[str],
     batch_size: int,
 ) -> Request:
-    """By names that hold in any process, whatever folder it works in."""
     return Request(
-        shards=storage.absolute(shards),
+        shards=shards,
         splits=tuple(splits) if splits else None,
         num_samples=num_samples,
         images_per_prompt=images_per_prompt,
         seed=seed,
-        extractors=tuple(absolute_extractor(uri) for uri in extractors),
+        extractors=tuple(extractors),
         batch_size=batch_size,
-    )
+    ).absolute()
 
 
 def record_guidance_sweep(sweep: GuidanceSweep, out: str, *, make_default: bool = True) -> Tracker:
@@ -291,15 +289,20 @@ def record_guidance_sweep(sweep: GuidanceSweep, out: str, *, make_default: bool 
     for step, result in enumerate(sweep.settings):  # MLflow draws them side by side, in the order of the grid
         tracker.log_metrics({name: measure.value for name, measure in result.measures.items()}, step)
     tracker.log_metrics({f"recommended/{name}": m.value for name, m in sweep.best.measures.items()}, 0)
-    with TemporaryDirectory() as temporary:
-        for name in (SWEEP, FRONT, GRID):
-            (Path(temporary) / name).write_bytes(storage.read_bytes(storage.join(out, name)))
-        tracker.log_folder(Path(temporary), KIND_OF_RUN)
+    log_files(tracker, out)
     if make_default and sweep.model.uri.startswith("models:/"):
         model, found = RegisteredModel.of(sweep.pinned_model)  # whatever an alias means by now
         model.tag(found.number, sampling_tags(sweep.best.setting) | {SWEEP_TAG: tracker.run_id})
     tracker.finish("FINISHED")
     return tracker
+
+
+def log_files(tracker: Tracker, out: str) -> None:
+    """The sweep's document and pictures as artifacts of a run."""
+    with TemporaryDirectory() as temporary:
+        for name in (SWEEP, FRONT, GRID):
+            (Path(temporary) / name).write_bytes(storage.read_bytes(storage.join(out, name)))
+        tracker.log_folder(Path(temporary), KIND_OF_RUN)
 
 
 def settings_of(drawing: Drawing, axes: Mapping[str, Sequence[Any]]) -> dict[str, Setting]:

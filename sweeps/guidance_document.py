@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from cluster import storage
 from cluster.errors import UserError
 from trainers.fidelity.evaluation import ExtractorRecord, Measure, ModelRecord, Record, Reference, SampleRecord
@@ -56,13 +54,10 @@ class GuidanceSweep(Record):
         """Read a sweep's document. Raises UserError if there is none or it is damaged."""
         uri = storage.join(folder, SWEEP)
         try:
-            return cls.model_validate_json(storage.read_bytes(uri))
+            document = storage.read_bytes(uri)
         except storage.NotFoundError:
             raise UserError(f"no guidance sweep at {folder}: {SWEEP} is not there") from None
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
+        return cls.parse(document, uri)
 
     def result(self, name: str) -> SettingResult:
         return next(result for result in self.settings if result.name == name)

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean, nearest
 from sweeps import population
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.spec import PBT, Mode, SweepSpec
@@ -68,8 +68,7 @@ def check_objective(spec: SweepSpec, recipe: Recipe) -> None:
     else:
         logged = [f"{stage}/{name}" for stage in family.STAGES for name in ("validation_loss", "loss")]
         if metric not in logged:
-            guess = nearest(metric, logged)
-            hint = f"did you mean '{guess}'? " if guess else ""
+            hint = did_you_mean(metric, logged)
             raise UserError(
                 f"sweep {spec.name}: objective.metric: '{metric}' is never logged; {hint}"
                 f"there are {', '.join(logged)} and, with a block 'fidelity', {FIDELITY}NAME"

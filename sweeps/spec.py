@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 from sweeps.guidance_spec import GuidanceGrid
 from trainers.recipe import Block, apply_override, explain, parse_override, read_document
 
@@ -159,8 +159,7 @@ class SweepSpec(Block):
         for key, axis in self.space.items():
             for other, value in axis.when.items():
                 if other not in seen:
-                    guess = nearest(other, seen)
-                    hint = f"did you mean '{guess}'? " if guess else ""
+                    hint = did_you_mean(other, seen)
                     raise ValueError(
                         f"space.{key}.when: '{other}' is not a key of the space above it; "
                         f"{hint}there are {', '.join(seen) or 'none'}"

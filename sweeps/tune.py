@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
@@ -39,14 +38,14 @@ from cluster.tracking import (
 )
 from data_shards import Manifest
 from sweeps import objective, space
-from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep
+from sweeps.guidance_document import GuidanceSweep
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
 from trainers.families import family_of
-from trainers.launch import Progress, RunStopped, TrainedRun, register_run, release, train_recipe
+from trainers.launch import Progress, RunStopped, TrainedRun, check_recipe, register_run, release, train_recipe
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.run_folder import COMPLETE, RunFolder
@@ -104,9 +103,9 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
     recipe = at_absolute_paths(space.recipe_of(spec, {}))
     family = family_of(recipe)
-    manifest = family.check(recipe)
+    manifest = check_recipe(recipe)
     for corner in corners:
-        _check_corner(corner)
+        check_recipe(corner)
     if spec.guidance:
         _check_guidance(spec.guidance, recipe)
     journal = Journal(storage.join(recipe.cluster.storage, name))
@@ -151,13 +150,6 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         finally:
             tracker.finish(status)
     return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri)
-
-
-def _check_corner(recipe: Recipe) -> None:
-    """Raise UserError for what `train_recipe` would refuse."""
-    manifest = family_of(recipe).check(recipe)
-    for split in recipe.fidelity.splits if recipe.fidelity else ():
-        manifest.split(split)
 
 
 def _check_guidance(grid: GuidanceGrid, recipe: Recipe) -> None:
@@ -577,42 +569,25 @@ def _judge_at_best_guidance(
     trained: TrainedRun, recipe: Recipe, grid: GuidanceGrid, journal: Journal, number: int, step: int
 ) -> None:
     """Sweep the trained model over guidance, and record what the setting recommended for it achieves."""
-    from sweeps.guidance import sweep_guidance  # as above
+    from sweeps.guidance import log_files, sweep_guidance  # as above
 
     out, cluster = journal.guidance(number), recipe.cluster
-    beside = ray.remote(sweep_guidance).options(
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=int(cluster.use_gpu),
-        scheduling_strategy=runtime.ANYWHERE,
-        max_retries=0,
-    )
-
-    def sweep(*arguments: Any, **settings: Any) -> GuidanceSweep:
-        """On what the trial's ranks had: this process has nothing, and only waits."""
-        if cluster.num_workers > 1:
-            return sweep_guidance(*arguments, **settings)
-        try:
-            found: GuidanceSweep = ray.get(beside.remote(*arguments, **settings))
-        except RayTaskError as error:
-            raise error.cause from None
-        return found
-
-    found = sweep(
-        trained.model_uri,
-        recipe.data.shards,
-        out,
-        **grid.arguments,
-        num_workers=recipe.cluster.num_workers,
-        device="cuda" if recipe.cluster.use_gpu else "cpu",
-        cache=journal.features,
-    )
+    arguments = (trained.model_uri, recipe.data.shards, out)
+    settings = grid.arguments | {
+        "num_workers": cluster.num_workers,
+        "device": "cuda" if cluster.use_gpu else "cpu",
+        "cache": journal.features,
+    }
+    # This process holds nothing of the cluster: several workers are actors, and one is a task, with what a rank had.
+    if cluster.num_workers > 1:
+        found = sweep_guidance(*arguments, **settings)
+    else:
+        resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
+        found = runtime.call(sweep_guidance, *arguments, **resources, **settings)
     figures = {f"{objective.GUIDANCE}{name}": measure.value for name, measure in found.best.measures.items()}
     trained.tracker.log_metrics(figures, step)
     trained.tracker.log_params({f"guidance.{name}": value for name, value in found.best.setting.items()})
-    with TemporaryDirectory() as temporary:
-        for name in (SWEEP, FRONT, GRID):
-            (Path(temporary) / name).write_bytes(storage.read_bytes(storage.join(out, name)))
-        trained.tracker.log_folder(Path(temporary), "guidance-sweep")
+    log_files(trained.tracker, out)
 
 
 def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 from cluster.evaluations import evaluation_document
 from trainers.fidelity.evaluation import Evaluation, Measure
 from trainers.fidelity.figures import MISSING, by_group, decimals, label_of, overlap, write
@@ -398,8 +398,7 @@ def quality_cost_plot(
     known = [name for _, group in by_group(_all_measures(evaluations)).items() for name, _ in group]
     for what, chosen, choices in (("measure", measure, known), ("cost", against, [*costs])):
         if chosen is not None and chosen not in choices:
-            guess = nearest(chosen, choices)
-            hint = f"did you mean '{guess}'? " if guess else ""
+            hint = did_you_mean(chosen, choices)
             price = "; cost needs a price" if chosen == "cost" else ""
             raise UserError(f"no {what} '{chosen}' to plot: {hint}there are {', '.join(choices) or 'none'}{price}")
 

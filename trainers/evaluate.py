@@ -94,6 +94,11 @@ class Request:
     batch_size: int = 8
     """Images drawn at a time. A part of what is asked, for another batch size rounds another way."""
 
+    def absolute(self) -> "Request":
+        """The same by names that hold in any process, whatever folder it works in."""
+        extractors = tuple(absolute_extractor(uri) for uri in self.extractors)
+        return replace(self, shards=storage.absolute(self.shards), extractors=extractors)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -127,12 +132,8 @@ def evaluate(
 
     Raises UserError for what the user can mend: before anything is drawn, where possible.
     """
-    # By names that hold in any process, whatever folder it works in and whatever an alias will mean by then.
-    request = replace(
-        request,
-        shards=storage.absolute(request.shards),
-        extractors=tuple(absolute_extractor(uri) for uri in request.extractors),
-    )
+    # By names that hold in any process, and whatever an alias will mean by then.
+    request = request.absolute()
     out, cache, pinned_uri = storage.absolute(out), storage.absolute(cache), pinned(model_uri)
     manifest = Manifest.load(request.shards)
     splits = splits_of(request, manifest)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 
 GIB = 2**30
 
@@ -50,8 +50,7 @@ def gpu_named(name: str) -> Gpu:
     if gpu := GPUS.get(name.lower()):
         return gpu
     known = "; ".join(f"{gpu.name} ({gpu.product}, {gpu.memory_bytes / GIB:.0f} GiB)" for gpu in GPUS.values())
-    guess = nearest(name.lower(), GPUS)
-    raise UserError(f"--gpu {name}: " + (f"did you mean '{guess}'? " if guess else "") + f"there are {known}")
+    raise UserError(f"--gpu {name}: {did_you_mean(name.lower(), GPUS)}there are {known}")
 
 
 def gpu_of_type(accelerator_type: str | None) -> Gpu | None:

@@ -91,15 +91,11 @@ def train_recipe(
     """
     recipe = at_absolute_paths(recipe)
     family = family_of(recipe)
-    manifest = family.check(recipe)
+    manifest = check_recipe(recipe)
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
-    if fidelity:
-        label_of(fidelity.extractor)
-        for split in fidelity.splits:
-            manifest.split(split)
     num_processes = cluster.num_workers + (fidelity is not None)
     with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
         runtime.check_capacity(
@@ -125,6 +121,16 @@ def train_recipe(
         finally:
             tracker.finish(status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
+
+
+def check_recipe(recipe: Recipe) -> Manifest:
+    """The manifest of a recipe's data. Raises UserError for what would end its training, before Ray is asked."""
+    manifest = family_of(recipe).check(recipe)
+    if fidelity := recipe.fidelity:
+        label_of(fidelity.extractor)
+        for split in fidelity.splits:
+            manifest.split(split)
+    return manifest
 
 
 def emulated_precision(recipe: Recipe) -> str | None:
@@ -231,10 +237,8 @@ def _train_stage(
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
-    export = ray.remote(_export_stage).options(
-        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), scheduling_strategy=runtime.ANYWHERE
-    )
-    ray.get(export.remote(recipe, stage, run, result.checkpoint))
+    resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
+    runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
 
 
 def release(run: RunFolder) -> None:

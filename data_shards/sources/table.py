@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from cluster import storage
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 from data_shards.sample import Record
 
 Row = Mapping[str, Any]
@@ -93,8 +93,7 @@ def read_rows(uri: str, delimiter: str | None = None) -> list[Row]:
 def _check_column(rows: list[Row], column: str, uri: str) -> None:
     there = [str(name) for name in rows[0]]
     if column not in there:
-        guess = nearest(column, there)
-        hint = f"did you mean '{guess}'? " if guess else ""
+        hint = did_you_mean(column, there)
         raise UserError(f"{uri} has no column '{column}': {hint}it has {', '.join(there)}")
 
 

@@ -7,7 +7,7 @@ EVALUATION/scores.safetensors  of each sample, float64 [N] by the name of their 
 EVALUATION/report.html         the page for people
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +30,16 @@ STANDARD_EXTRACTORS = {
 
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def parse(cls, document: str | bytes, uri: str) -> Self:
+        """What a document, read at `uri`, holds. Raises UserError if it is damaged."""
+        try:
+            return cls.model_validate_json(document)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
 
 
 class Measure(Record):
@@ -165,16 +175,6 @@ class Evaluation(Record):
         except storage.NotFoundError:
             raise UserError(f"no evaluation at {folder}: {EVALUATION} is not there") from None
         return cls.parse(document, uri)
-
-    @classmethod
-    def parse(cls, document: str | bytes, uri: str) -> "Evaluation":
-        """The evaluation that a document, read at `uri`, holds. Raises UserError if it is damaged."""
-        try:
-            return cls.model_validate_json(document)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
 
     def save(self, folder: str) -> None:
         storage.write_bytes(storage.join(folder, EVALUATION), self.model_dump_json(indent=1).encode())

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster import storage
-from cluster.errors import UserError, nearest
+from cluster.errors import UserError, did_you_mean
 from trainers.recipe.blocks import EXTRACTOR, PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
 from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
 from trainers.recipe.msdm import (
@@ -139,8 +139,7 @@ def explain(error: ValidationError, document: type[BaseModel]) -> Iterator[str]:
         key = ".".join([*parents, last])
         if problem["type"] == "extra_forbidden":
             allowed = _keys_at(parents, document)
-            guess = nearest(last, allowed)
-            hint = f"did you mean '{guess}'? " if guess else ""
+            hint = did_you_mean(last, allowed)
             yield f"unknown key '{key}': {hint}allowed here: {', '.join(allowed)}"
         elif problem["type"] == "missing":
             yield f"missing key '{key}'"
