@@ -118,6 +118,11 @@ def train_recipe(
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
             raise
+        except Exception:
+            # Whoever asked it to stop may have ended what it needs to stop in order, as Ray Tune does.
+            if run.stop_requested():
+                status = "KILLED"
+            raise
         finally:
             tracker.finish(status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())

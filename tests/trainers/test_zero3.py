@@ -563,6 +563,7 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(two: Any, folder:
     ],
 )
 def test_the_averaged_model(ranks: str, name: str, at: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    by_rank = request.getfixturevalue(ranks)[name]
     averages = dict(read_parameters(folder / ranks / at, "ema"))
     weights = dict(read_parameters(folder / ranks / at, "weights"))
     model = transformer().eval()
@@ -570,7 +571,7 @@ def test_the_averaged_model(ranks: str, name: str, at: str, folder: Path, reques
     batch, _ = inputs(9, slice(0, 2), torch.float32)
     with torch.no_grad():
         wanted = output(model, batch)
-    for seen in request.getfixturevalue(ranks)[name]:
+    for seen in by_rank:
         assert seen["present"].keys() == averages.keys()
         for key in averages:
             assert torch.equal(seen["averaged"][key], averages[key])
