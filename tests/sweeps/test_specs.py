@@ -12,7 +12,9 @@ from cluster import runtime
 from cluster.registry import RegisteredModel
 from medsynth import app
 from sweeps.guidance_document import GuidanceSweep
+from sweeps.spec import load_spec
 from tests.conftest import PREVIEW_PROMPTS
+from tests.sweeps.test_tune_trials import begin_with_shared_vae
 from trainers.msdm import MSDMPipeline
 from trainers.recipe import load_recipe
 
@@ -55,6 +57,8 @@ def test_msdm_learning_rate(shards: str, text_encoder_folder: Path, tmp_path: Pa
         "cluster.storage": tmp_path,
     }
     changes = {f"fixed.{key}": value for key, value in fixed.items()} | {"budget.trials": 1, "scheduler.grace_steps": 2}
+    spec = load_spec(str(SPECS / "msdm-learning-rate.yaml"), [f"{key}={value}" for key, value in changes.items()])
+    begin_with_shared_vae(spec, "rates")
     said = medsynth("sweep", str(SPECS / "msdm-learning-rate.yaml"), "--run", "rates", **changes)
     assert "Best: trial" in said
     assert f"medsynth train {tmp_path}/rates/best.yaml" in said.replace("\n", "")

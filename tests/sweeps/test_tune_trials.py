@@ -8,15 +8,16 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster import runtime
+from cluster import runtime, storage
 from cluster.registry import RegisteredModel
 from cluster.tracking import Tracker
 from sweeps import space
 from sweeps.guidance_document import GuidanceSweep
+from sweeps.journal import Journal
 from sweeps.spec import SweepSpec
 from sweeps.tune import run_sweep
 from tests.sweeps.test_tune import RATE, Watcher
-from tests.trainers.test_launch import assert_equal
+from tests.trainers.test_launch import assert_equal, begin_with_vae
 from tests.trainers.test_loop import CPU, Reports
 from trainers.recipe import MSDMRecipe, load_recipe
 from trainers.run_folder import RunFolder
@@ -29,6 +30,15 @@ pytestmark = pytest.mark.slow
 def _ray() -> Iterator[None]:
     with runtime.connect(min_cpus=2):
         yield
+
+
+def begin_with_shared_vae(spec: SweepSpec, name: str) -> None:
+    """Put a barely trained autoencoder where the sweep would train one: that it does is another test's point."""
+    recipe = space.recipe_of(spec, {})
+    assert isinstance(recipe, MSDMRecipe)
+    journal = Journal(storage.join(recipe.cluster.storage, name))
+    cluster = recipe.cluster.model_copy(update={"storage": journal.uri})
+    begin_with_vae(recipe.model_copy(update={"cluster": cluster}), journal.shared_run)
 
 
 def weights(run: RunFolder) -> dict[str, Tensor]:
@@ -54,6 +64,7 @@ def test_a_population_goes_on_from_checkpoints(
             "budget": {},
         }
     )
+    begin_with_shared_vae(spec, "population-1")
     watcher = Watcher(steps=4)
     swept = run_sweep(spec, "population-1", is_new=True, watch=watcher)
     first, second = swept.trials[:2], swept.trials[2:]
@@ -102,6 +113,7 @@ def test_every_trial_is_judged_at_its_own_best_guidance(
             "budget": {},
         }
     )
+    begin_with_shared_vae(spec, "joint-1")
     watcher = Watcher(steps=2)
     swept = run_sweep(spec, "joint-1", is_new=True, watch=watcher)
     assert [trial.state for trial in swept.trials] == ["finished"], watcher.said
