@@ -14,6 +14,7 @@ import ray.util
 from ray import PlacementGroupID
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import UserError
 from cluster.nodes import Node
@@ -121,6 +122,11 @@ def remove_placement_group(group_id: str) -> None:
     known = ray.util.placement_group_table().get(group_id)
     if known and known["state"] != "REMOVED":
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Scheduling strategy of what must not be lost with another machine than this one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def call(function: Callable[..., R], *arguments: Any, cpus: float, gpus: float, **settings: Any) -> R:

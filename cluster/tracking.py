@@ -143,8 +143,10 @@ class Tracker:
         self.client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def log_picture(self, key: str, png: bytes, step: int) -> None:
-        """Log a picture of a step; MLflow shows the steps of a key side by side."""
-        self.client.log_image(self.run_id, Image.open(io.BytesIO(png)), key=key, step=step)
+        """Log a picture of a step, once; MLflow shows the steps of a key side by side."""
+        name = f"images/{key.replace('/', '~')}+step+{step}+"  # as MLflow names it
+        if not any(known.path.startswith(name) for known in self.client.list_artifacts(self.run_id, "images")):
+            self.client.log_image(self.run_id, Image.open(io.BytesIO(png)), key=key, step=step)
 
     def log_dataset(self, *, name: str, digest: str, source: str, context: str) -> None:
         """Say which data the run used: the whole digest goes into the tag `manifest_digest` of the input."""
@@ -193,7 +195,9 @@ class Tracker:
         return {key.removeprefix(FAILED): reason for key, reason in tags.items() if key.startswith(FAILED)}
 
     def finish(self, status: Status) -> None:
-        self.client.set_terminated(self.run_id, status)
+        """Raises TrackingError if the server does not answer or refuses."""
+        with explained(self.tracking_uri, f"end of run {self.run_id}"):
+            connect(self.tracking_uri).set_terminated(self.run_id, status)
 
     @contextmanager
     def system_metrics(self, node: str) -> Iterator[None]:

@@ -533,6 +533,8 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
                 tell_new(steps)
         except SystemExit:  # how Tune ends a trial: its run is to say that it was ended, not that it failed
             raise RunStopped from None
+        except TrackingError:  # the training outlives MLflow, and Tune is told with a later report
+            pass
 
     try:
         for shared in setting.shared:

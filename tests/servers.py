@@ -61,9 +61,9 @@ def s3_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     """A tracking server on SQLite that hands artifacts through; yields its URI."""
-    port = free_port()
+    port = port or free_port()
     command = [
         *(
             sys.executable,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.errors import UserError
-from cluster.tracking import Status, Tracker, default_tracking_uri, without_secrets
+from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
@@ -36,6 +36,7 @@ from trainers.fidelity.extractor_uris import label_of
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
+from trainers.records import Records, Report
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
@@ -53,6 +54,7 @@ class Progress:
     step: int
     steps: int
     metrics: Mapping[str, float]
+    unrecorded: int = 0  # reports that wait because MLflow does not answer
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,17 @@ def train_recipe(
                 status = "KILLED"
             raise
         finally:
-            tracker.finish(status)
+            _finish(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
+
+
+def _finish(tracker: Tracker, status: Status) -> None:
+    """Say in MLflow how the run ended. Where it has failed anyway, that MLflow does not answer hides nothing."""
+    try:
+        tracker.finish(status)
+    except TrackingError:
+        if status == "FINISHED":
+            raise
 
 
 def check_recipe(recipe: Recipe) -> Manifest:
@@ -162,7 +173,9 @@ def _begin(
     if previous := run.previous(recipe):
         # The record of a run names its server without a password; the environment may know that.
         known, here = previous["tracking_uri"], default_tracking_uri()
-        return Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+        tracker = Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+        Records(run, tracker).flush(seconds=0)
+        return tracker
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=run_name,
@@ -208,7 +221,7 @@ def _train_stage(
     release(run)
     cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
-    reports = Queue(actor_options={"num_cpus": 0})
+    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": runtime.here()})
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
     measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
@@ -235,13 +248,14 @@ def _train_stage(
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=cluster.keep_checkpoints),
             # Ray declares the wrong base class here.
-            callbacks=[_RecordReports(stage, steps, run, tracker, reports)],  # type: ignore[list-item]
+            callbacks=[_RecordReports(stage, steps, Records(run, tracker), reports)],  # type: ignore[list-item]
         ),
         validation_config=validation,  # type: ignore[call-arg] # Ray declares the trainer of its first version here.
     )
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
+    Records(run, tracker).flush()
     resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
     runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
 
@@ -318,6 +332,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
+    log_every_steps = family_of(recipe).training_of(recipe, config["stage"]).log_every_steps
     reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
@@ -336,6 +351,19 @@ def _train_worker(config: dict[str, Any]) -> None:
             and _is_measured(recipe, config["stage"], step)
             and ray.train.ValidationTaskConfig(fn_kwargs={"step": step}),
         )
+
+    is_saved_for_preemption = False
+
+    def save_requested(step: int) -> bool:
+        """Once when Ray is told that a machine of this run will be taken away; the training goes on until it is.
+
+        Asked with every log, as all ranks wait for one another to agree.
+        """
+        nonlocal is_saved_for_preemption
+        if is_saved_for_preemption or step % log_every_steps:
+            return False
+        is_saved_for_preemption = ray.train.get_preemption_info() is not None
+        return is_saved_for_preemption
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and config["start_from"]:
@@ -356,6 +384,7 @@ def _train_worker(config: dict[str, Any]) -> None:
                 device=ray.train.torch.get_device(),
                 report=report,
                 resume_from=Path(resume_from) if resume_from else None,
+                save_requested=save_requested,
             )
         except DivergedError:
             # An error overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
@@ -367,11 +396,10 @@ def _train_worker(config: dict[str, Any]) -> None:
 class _RecordReports(ray.train.UserCallback):
     """On the controller: every report to MLflow, and on to whoever watches. One process speaks to MLflow."""
 
-    def __init__(self, stage: str, steps: int, run: RunFolder, tracker: Tracker, reports: Queue) -> None:
+    def __init__(self, stage: str, steps: int, records: Records, reports: Queue) -> None:
         self.stage = stage
         self.steps = steps
-        self.run = run
-        self.tracker = tracker
+        self.records = records
         self.reports = reports
 
     def after_report(
@@ -379,12 +407,9 @@ class _RecordReports(ray.train.UserCallback):
     ) -> None:
         values = dict(metrics[0])
         step, has_picture = values.pop("step"), values.pop("has_picture")
-        self.tracker.log_metrics({f"{self.stage}/{name}": value for name, value in values.items()}, step)
-        if has_picture:
-            picture = self.run.picture(self.stage, step)
-            self.tracker.log_picture(f"{self.stage}/samples", storage.read_bytes(picture), step)
+        waiting = self.records.add(Report(self.stage, step, values, has_picture))
         # Plain values: the queue's own process need not import this project to hold them.
-        self.reports.put((self.stage, step, self.steps, values))
+        self.reports.put((self.stage, step, self.steps, values, waiting))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # What is raised here ends the training; what a worker raises would be tried again.

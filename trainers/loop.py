@@ -42,9 +42,12 @@ def train(
     seed: int,
     report: Report,
     stop_requested: Callable[[], bool] = lambda: False,
+    save_requested: Callable[[int], bool] = lambda step: False,
     resume_from: Path | None = None,
 ) -> int:
     """Train to `training.steps`, or until a rank is asked to stop, and return the number of finished steps.
+
+    `save_requested` says, to all ranks alike, whether to save after this step too, as when a machine is to go.
 
     Raises DivergedError after MAX_SKIPPED_STEPS steps in a row whose loss or gradient is not finite; the
     weights are then those before the first of them.
@@ -96,7 +99,7 @@ def train(
             metrics["validation_loss"] = validation_loss(stage, engine, validation, training.micro_batch_size)
         if is_last or step % training.preview_every_steps == 0:
             pixels = preview(stage, engine)
-        if is_last or step % training.checkpoint_every_steps == 0:
+        if is_last or step % training.checkpoint_every_steps == 0 or save_requested(step):
             folder = save(engine, step)
         if metrics or pixels is not None or folder is not None:
             report(step, metrics, pixels, folder)

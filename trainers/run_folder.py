@@ -2,11 +2,13 @@
 
 RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
+RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
 RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
 RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
 RUN/pictures/       previews
+RUN/stacks/         where the threads of a rank stood that was ended because it hung: see watchdog.py
 """
 
 import json
@@ -45,6 +47,9 @@ class RunFolder:
     def picture(self, stage: str, step: int) -> str:
         return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
 
+    def stacks(self, name: str) -> str:
+        return storage.join(self.uri, "stacks", f"{name}.txt")
+
     def begin(self, recipe: Recipe, mlflow_run: dict[str, str]) -> None:
         storage.write_bytes(storage.join(self.uri, "recipe.yaml"), dump_recipe(recipe).encode())
         storage.write_bytes(storage.join(self.uri, "run.json"), json.dumps(mlflow_run).encode())
@@ -82,6 +87,10 @@ class RunFolder:
     @property
     def placement(self) -> str:
         return storage.join(self.uri, "placement")
+
+    @property
+    def unrecorded(self) -> str:
+        return storage.join(self.uri, "unrecorded.json")
 
     def request_stop(self) -> None:
         storage.write_bytes(self._stop_file, b"")

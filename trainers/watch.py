@@ -44,6 +44,7 @@ class Watch:
         )
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
+        self._is_recorded = True
 
     def __enter__(self) -> "Watch":
         self._bars.start()
@@ -55,6 +56,13 @@ class Watch:
         self._bars.stop()
 
     def show(self, progress: "Progress") -> None:
+        if self._is_recorded != (progress.unrecorded == 0):
+            self._is_recorded = progress.unrecorded == 0
+            self.say(
+                "MLflow answers again; it knows all reports."
+                if self._is_recorded
+                else "MLflow does not answer; the training goes on, and its reports wait in the run's folder."
+            )
         figures = _figures(progress.metrics)
         if not self._console.is_terminal:
             if not figures:

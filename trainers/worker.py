@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from trainers.families import family_of
 from trainers.loop import Report, train
 from trainers.recipe import Recipe
 from trainers.run_folder import RunFolder
+from trainers.watchdog import watchdog
 
 STOP_POLL_SECONDS = 1.0
 
@@ -24,12 +26,26 @@ def train_rank(
     device: torch.device,
     report: Report,
     resume_from: Path | None,
+    save_requested: Callable[[int], bool] = lambda step: False,
 ) -> int:
-    """Train one stage on this rank of the default process group and return the number of finished steps."""
+    """Train one stage on this rank of the default process group and return the number of finished steps.
+
+    `save_requested` is `loop.train`'s.
+    """
     family = family_of(recipe)
     stage, engine = family.build(recipe, stage_name, run, device)
     ranks = {"rank": engine.rank, "world_size": engine.world_size}
-    with stop_signal(run, is_rank_zero=engine.rank == 0) as stop_requested:
+    keep_stacks = partial(_keep_stacks, run, f"{stage_name}-rank-{engine.rank}")
+    with (
+        stop_signal(run, is_rank_zero=engine.rank == 0) as stop_requested,
+        watchdog(recipe.cluster.hang_timeout_seconds, keep_stacks) as is_alive,
+    ):
+
+        def next_step() -> bool:
+            """What the loop asks each step; that it asks is the sign that it lives."""
+            is_alive()
+            return stop_requested()
+
         return train(
             training=family.training_of(recipe, stage_name),
             stage=stage,
@@ -38,9 +54,14 @@ def train_rank(
             validation=family.open_stream(recipe, stage_name, "validation", **ranks),
             seed=recipe.seed,
             report=report,
-            stop_requested=stop_requested,
+            stop_requested=next_step,
+            save_requested=save_requested,
             resume_from=resume_from,
         )
+
+
+def _keep_stacks(run: RunFolder, name: str, stacks: str) -> None:
+    storage.write_bytes(run.stacks(name), stacks.encode())
 
 
 @contextmanager

@@ -110,9 +110,10 @@ def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
         seed=recipe.seed,
         report=stopped,
         stop_requested=lambda: next(asked) == 3,
+        save_requested=lambda step: step == 1,
     )
     assert steps == 3
-    assert sorted(stopped.checkpoints) == [2, 3]
+    assert sorted(stopped.checkpoints) == [1, 2, 3]  # what was asked for, on schedule, the end
     train_rank(recipe, "denoiser", run, device=CPU, report=resumed, resume_from=stopped.checkpoints[3])
     assert all(torch.equal(value, resumed.weights[name]) for name, value in straight.weights.items())
 

@@ -93,6 +93,9 @@ class Cluster(Block):
     max_failures: int = Field(default=3, ge=0)
     """Restarts from the latest checkpoint before the run gives up."""
     keep_checkpoints: int = Field(default=2, gt=0)
+    hang_timeout_seconds: float = Field(default=1800, gt=0)
+    """A rank that takes longer for a step, with the validation, previews and checkpoint that follow it, is ended, which
+    counts as a failure."""
 
 
 class Tracking(Block):
