@@ -201,14 +201,15 @@ def real_servers(folder: Path, state: State) -> list[Server]:
                 *(f"--node-ip-address={HOST}", f"--port={settings.ray_port}"),
                 *("--include-dashboard=true", f"--dashboard-host={HOST}"),
                 *(f"--dashboard-port={settings.dashboard_port}", f"--temp-dir={state.short_folder}/ray"),
-                # All others on whichever ports are free, and no server for Ray Client, which nothing here uses.
+                # All others on whichever ports are free; of this one Ray must be told.
                 *("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"),
-                "--ray-client-server-port=0",
+                f"--ray-client-server-port={_free_port()}",
                 *([] if settings.cpus is None else [f"--num-cpus={settings.cpus}"]),
             ],
-            # Jobs find the other servers by its variables.
+            # Of jobs it is the environment too: they find the other servers, and this Python as `python`.
             environment=inherited
-            | {name: value for name, value in clients.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")},
+            | {name: value for name, value in clients.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+            | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])},
             log=logs / "ray.log",
             ports={"--dashboard-port": settings.dashboard_port, "--ray-port": settings.ray_port},
             probes=[
@@ -230,6 +231,8 @@ def environment(folder: Path, settings: Settings) -> dict[str, str]:
         "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{settings.dashboard_port}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / RAY_TOKEN),
+        # Says to Ray that its cluster is this machine: else it listens on all interfaces, whatever it is told.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
 
@@ -314,19 +317,21 @@ def status(folder: Path, servers_of: ServersOf = real_servers) -> list[Status]:
 def end(processes: Iterable[Process], seconds: float = END_SECONDS) -> bool:
     """End a server's processes with all that share their session or descend from them; whether there were any.
 
-    They are asked to, and killed after some seconds. Raises UserError if one lives on even so.
+    The leader is asked to, which ends the others in good order, then those that it left; after some seconds all are
+    killed. Raises UserError if one lives on even so.
     """
     known = list(processes)
     asked: set[tuple[int, int]] = set()
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + seconds
         while living := _living(known):
-            fresh = [process for process in living if (process.pid, number) not in asked]
-            known += _recorded(fresh)  # they stay known when their parent is gone
-            for process in fresh:
-                asked.add((process.pid, number))
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+            known = list({process.pid: process for process in [*known, *_recorded(living)]}.values())  # orphans too
+            has_leader = living[0].pid == known[0].pid
+            for process in living[:1] if has_leader and number == signal.SIGTERM else living:
+                if (process.pid, number) not in asked:
+                    asked.add((process.pid, number))
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -435,6 +440,13 @@ def _check_ports(server: Server) -> None:
                     f"{server.name} cannot have port {port} ({_listener(port) or error.strerror}): "
                     f"end what has it, or choose another port with {option}"
                 ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _listener(port: int) -> str | None:

@@ -1,5 +1,6 @@
 """The commands `medsynth stack up|status|down`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def up(
     _print(found)
     kept = [server.name for server in found if server.name not in started]
     console.print(f"Started: {', '.join(started) or 'nothing'}. Already ran: {', '.join(kept) or 'nothing'}.")
-    console.print(f"To use it, run in each shell: source {folder / stack.ENVIRONMENT}, which is")
+    console.print(f"To use it, run in each shell: source {os.path.relpath(folder / stack.ENVIRONMENT)}, which is")
     for line in stack.shell_lines(folder):
         console.print(f"  {line}", soft_wrap=True, markup=False)
 
@@ -76,11 +77,12 @@ def down(folder: Folder = FOLDER) -> None:
 
 
 def _print(found: list[stack.Status]) -> None:
-    table = Table()
+    table = Table(box=None)
     for column in ("server", "state", "address", "pid", "log"):
         table.add_column(column, overflow="fold")
     for server in found:
         color = "green" if server.state == "up" else "red"
         pid = "" if server.pid is None else str(server.pid)
-        table.add_row(server.name, f"[{color}]{server.state}[/]", server.url, pid, str(server.log))
+        log = os.path.relpath(server.log)
+        table.add_row(server.name, f"[{color}]{server.state}[/]", server.url, pid, log)
     console.print(table)
