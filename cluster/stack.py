@@ -255,6 +255,7 @@ def up(folder: Path, changes: Mapping[str, object], servers_of: ServersOf = real
         state = State.read(folder)
         state = state.model_copy(update={"settings": _changed(state, changes)})
         state = state.model_copy(update={"short_folder": _prepared(folder, state)})
+        state.write(folder)
         servers = servers_of(folder, state)
         missing = [server for server in servers if state.leader(server.name) is None]
         for server in missing:

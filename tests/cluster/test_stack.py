@@ -73,7 +73,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """Of a stack that is ended whatever the test found."""
     place = tmp_path / "stack"
     yield place
+    link = State.read(place).short_folder
     stack.down(place)
+    assert link is None or not link.exists()
 
 
 def pids(folder: Path) -> dict[str, int]:
@@ -213,7 +215,7 @@ def test_a_damaged_state_is_told(folder: Path) -> None:
     (folder / stack.STATE).write_text("{")
     with pytest.raises(UserError, match=r"stack\.json is damaged"):
         stack.status(folder)
-    (folder / stack.STATE).unlink()
+    (folder / stack.STATE).unlink()  # as the message says
 
 
 def test_down_and_status_of_no_stack_make_none(folder: Path) -> None:
