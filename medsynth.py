@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.errors import UserError
+from cluster.stack_cli import app as stack
 from data_shards.cli import app as shards
 from sweeps import cli as sweeps
 from trainers import cli as trainers
@@ -34,6 +35,7 @@ app.command()(compare_cli.compare)
 app.command()(promote_cli.promote)
 app.command()(trainers.plan)
 app.command()(trainers.export)
+app.add_typer(stack, name="stack", help="S3, MLflow and Ray as servers on this machine.")
 
 
 def main() -> None:
