@@ -26,6 +26,7 @@ def test_what_fails_after_it_was_asked_to_stop_was_stopped(
     monkeypatch.setattr(launch, "_train_stage", is_ended)
     monkeypatch.setattr(runtime, "connect", lambda **_: nullcontext())
     monkeypatch.setattr(runtime, "check_capacity", lambda **_: None)
+    monkeypatch.setattr(runtime, "grows", lambda: False)
     monkeypatch.setattr(runtime, "nodes", lambda: [])
     with pytest.raises(RuntimeError, match="gone"):
         launch.train_recipe(recipe, "tiny", on_progress=lambda _: None, on_stop_requested=lambda: None)
