@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from ray._private import ray_constants
 from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
@@ -27,13 +26,13 @@ from cluster.provenance import COMMIT_VARIABLE, JOB_VARIABLE, git_commit
 from cluster.runtime import FORWARDED_VARIABLES
 
 EXCLUDES = (
-    *(".venv", "*.egg-info", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis", ".ipynb_checkpoints"),
+    *(".git", ".venv", "venv", "*.egg-info", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis"),
     *("/data", "/demo", "/runs", "/shards", "/samples", "/evaluations", "/promotions", "/sweeps-out"),
     *("/mlruns", "/mlartifacts", "*.db", "*.db-*", "*.tar", "*.zip", "*.safetensors", "*.ckpt", "*.pt"),
     *(".env", "*.pem"),  # secrets
 )
 """What is never uploaded, by the patterns of .gitignore; what .gitignore and .rayignore name is not either."""
-UPLOAD_BYTES = ray_constants.DASHBOARD_CLIENT_MAX_SIZE
+UPLOAD_BYTES = 100 * 2**20
 """The job server refuses a larger upload, only after it was sent."""
 STOP_SECONDS = 600
 """How long a job may take to save its state before Ray ends it by force."""
@@ -150,11 +149,10 @@ def files_to_upload(folder: Path) -> dict[str, int]:
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
 
     folder = folder.absolute()
-    excludes = [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES]
     quiet = logging.getLogger(f"{__name__}.quiet")
     quiet.setLevel(logging.ERROR)
     packaging._dir_travel(
-        folder, [packaging._get_excludes(folder, excludes)], note, include_gitignore=True, logger=quiet
+        folder, [packaging._get_excludes(folder, list(EXCLUDES))], note, include_gitignore=True, logger=quiet
     )
     return sizes
 

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from cluster import jobs
 from cluster.errors import UserError
-from cluster.provenance import git_commit
+from cluster.provenance import COMMIT_VARIABLE, git_commit
+from cluster.runtime import FORWARDED_VARIABLES
 from medsynth import app
 from tests.servers import free_port
 
@@ -17,7 +18,7 @@ SECRET = "s3cr3t-value"
 
 @pytest.fixture(autouse=True)
 def _no_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", *jobs.FORWARDED_VARIABLES):
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", *FORWARDED_VARIABLES):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -124,7 +125,7 @@ def test_a_job_says_what_it_is(tmp_path: Path) -> None:
 def test_a_job_knows_its_commit_though_its_folder_is_no_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(jobs.COMMIT_VARIABLE, "abc")
+    monkeypatch.setenv(COMMIT_VARIABLE, "abc")
     assert git_commit() == "abc"
     assert git_commit(tmp_path) == "unknown"  # of a folder that is submitted
 
