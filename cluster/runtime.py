@@ -14,7 +14,12 @@ from typing import Any, Generic, TypeVar
 import ray
 import ray.util
 from ray import PlacementGroupID
+from ray._raylet import (  # type: ignore[attr-defined]  # its stub lacks them
+    GCS_AUTOSCALER_STATE_NAMESPACE,
+    GCS_AUTOSCALER_V2_ENABLED_KEY,
+)
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -124,8 +129,10 @@ def check_capacity(
 ) -> None:
     """Raise UserError when the connected cluster could never hold the workers, rather than wait for ever.
 
-    Nor what is to run beside them: it would wait until they end.
+    Nor what is to run beside them: it would wait until they end. Nothing is refused where the cluster grows.
     """
+    if grows():
+        return
     total = ray.cluster_resources()
     for resource, each, beside in (("CPU", cpus_per_worker, cpus_beside), ("GPU", gpus_per_worker, gpus_beside)):
         needed, there = num_workers * each + beside, int(total.get(resource, 0))
@@ -135,6 +142,15 @@ def check_capacity(
                 f"{who} need {needed} {resource}s, the Ray cluster has {there}: "
                 "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
             )
+
+
+def grows() -> bool:
+    """Whether the connected cluster has an autoscaler, which adds machines for what waits; how many, Ray does not say.
+
+    What is there now then says nothing of what could be: such a cluster may be a head alone, with no CPU to offer.
+    """
+    enabled = _internal_kv_get(GCS_AUTOSCALER_V2_ENABLED_KEY, namespace=GCS_AUTOSCALER_STATE_NAMESPACE)
+    return bool(enabled == b"1")
 
 
 def current_placement_group() -> str:
@@ -274,6 +290,8 @@ class _Actor(Generic[T, R]):
 
 
 def _check_holds(**needed: float) -> None:
+    if grows():
+        return
     total = ray.cluster_resources()
     for resource, amount in needed.items():
         if amount > total.get(resource, 0):

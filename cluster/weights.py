@@ -52,6 +52,16 @@ def local_weights(pretrained: str, patterns: Sequence[str] | None = None) -> Ite
         yield _from_hub(pretrained, patterns)
 
 
+def file_names(pretrained: str, patterns: Sequence[str]) -> list[str]:
+    """Files of `pretrained` that match a pattern; those of a hub id are fetched, those below s3:// are not."""
+    if storage.is_remote(pretrained):
+        names = storage.list_files(pretrained)
+    else:
+        with local_weights(pretrained, patterns) as folder:
+            names = storage.list_files(str(folder))
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def component_config(pretrained: str, component: str) -> dict[str, Any]:
     """A component's config.json. Raises UserError if it has none."""
     with local_weights(pretrained, [f"{component}/config.json"]) as folder:

@@ -171,13 +171,18 @@ def shared_stages(spec: SweepSpec, recipe: Recipe) -> tuple[str, ...]:
     return tuple(earlier) if blocks <= {last, *LAST_STAGE_BLOCKS} else ()
 
 
-def concurrency(spec: SweepSpec, recipes: Sequence[Recipe], nodes: Sequence[Mapping[str, float]]) -> int:
+def concurrency(
+    spec: SweepSpec, recipes: Sequence[Recipe], nodes: Sequence[Mapping[str, float]], *, grows: bool = False
+) -> int:
     """How many trials fit the cluster at once, each with all of its processes, up to the specification's limit.
 
     `nodes` are the resources of each machine, by Ray's names. A process is never cut over machines. What drives a
-    trial only waits, and takes no processor. Raises UserError if not even one trial fits.
+    trial only waits, and takes no processor. Raises UserError if not even one trial fits, unless the cluster `grows`:
+    then it is as large as the specification's limit asks for.
     """
     fits = min(_fitting(recipe, nodes) for recipe in recipes)
+    if grows:
+        return spec.concurrency or max(fits, 1)
     if not fits:
         there = {name: int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
         largest = max(recipes, key=lambda recipe: recipe.cluster.num_workers * recipe.cluster.cpus_per_worker).cluster

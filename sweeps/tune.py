@@ -122,9 +122,11 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
     ):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        limit = space.concurrency(spec, corners, nodes)
-        for corner in corners:
-            family.check_fits(corner, runtime.nodes())
+        grows = runtime.grows()
+        limit = space.concurrency(spec, corners, nodes, grows=grows)
+        if not grows:  # of machines that are still to come nothing is known
+            for corner in corners:
+                family.check_fits(corner, runtime.nodes())
         tracker = _begin(spec, recipe, manifest, journal, previous)
         # Whoever edits the recipe's file while the sweep runs does not change what later trials are.
         spec = spec.model_copy(update={"recipe": journal.base_recipe})

@@ -45,6 +45,9 @@ COMMANDS = [
     ["generate"],
     ["evaluate"],
     ["compare"],
+    ["stack", "up"],
+    ["stack", "status"],
+    ["stack", "down"],
 ]
 
 

@@ -76,7 +76,8 @@ def test_model_code_knows_no_loop_and_no_engine() -> None:
 
 def test_processes_of_ray_do_not_import_what_they_do_not_need() -> None:
     """A run starts many of them, a sweep many runs; each of these takes seconds of a processor to import."""
-    heavy = ("diffusers", "transformers", "plotly", "matplotlib")
-    code = f"import sys, trainers.launch, sweeps.tune; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ("diffusers", "transformers", "deepspeed", "plotly", "matplotlib")
+    modules = "trainers.launch, sweeps.tune, trainers.families.msdm, trainers.families.flux, trainers.msdm"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

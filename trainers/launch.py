@@ -108,7 +108,8 @@ def train_recipe(
             cpus_beside=cluster.cpus_per_worker if fidelity else 0,
             gpus_beside=int(fidelity.use_gpu) if fidelity else 0,
         )
-        family.check_fits(recipe, runtime.nodes())
+        if not runtime.grows():  # of machines that are still to come nothing is known
+            family.check_fits(recipe, runtime.nodes())
         tracker = _begin(recipe, manifest, run, run_name, tags or {})
         status: Status = "FAILED"
         try:

@@ -68,6 +68,7 @@ def test_an_own_cluster_offers_what_is_asked_and_ends_with_the_block(monkeypatch
         assert ray.cluster_resources()["CPU"] >= 6
         (node,) = runtime.nodes()
         assert node.is_here
+        assert not runtime.grows()
         assert node.memory_bytes is not None
         assert 0.1 < node.memory_bytes / psutil.virtual_memory().total <= 1
         runtime.check_capacity(num_workers=3, cpus_per_worker=2, gpus_per_worker=0)

@@ -197,6 +197,8 @@ def test_as_many_trials_at_once_as_whole_ones_fit(recipe: MSDMRecipe, sweep_docu
             fitting(nodes, cpus_per_worker=4)
     capped = spec.model_copy(update={"concurrency": 3})
     assert space.concurrency(capped, [recipe], [{"CPU": 8}]) == 3
+    assert space.concurrency(spec, [recipe], [{"CPU": 0}], grows=True) == 1
+    assert space.concurrency(capped, [recipe], [{"CPU": 0}], grows=True) == 3
 
 
 @pytest.mark.parametrize("name", ["msdm-learning-rate", "flux-learning-rate"])

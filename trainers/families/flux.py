@@ -1,27 +1,26 @@
-"""FLUX: one stage, its transformer, cut over the ranks by ZeRO-3 or, with adapters, replicated by DDP."""
+"""FLUX: one stage, its transformer, cut over the ranks by ZeRO-3 or, with adapters, replicated by DDP.
+
+Models and engines are imported where they are built: whoever launches a training imports this module and builds none.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 from cluster.errors import UserError
 from cluster.nodes import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
-from trainers import plan
 from trainers.engines import Engine
-from trainers.engines.ddp import DDPEngine
-from trainers.engines.deepspeed_config import deepspeed_config
-from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
 from trainers.families import stream_from
-from trainers.flux.checkpointing import set_activation_checkpointing
-from trainers.flux.export import export_adapters, export_pipeline, lora_config
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
-from trainers.flux.stages import transformer_stage
 from trainers.recipe import FluxRecipe, Training
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 STAGES = ("transformer",)
 PROMPT_MEMORY_BYTES = 2**31
@@ -41,6 +40,8 @@ def check(recipe: FluxRecipe) -> Manifest:
         )
     settings = recipe.transformer
     if settings.engine == "zero3":
+        from trainers.engines.deepspeed_config import deepspeed_config
+
         deepspeed_config(
             settings.training,
             recipe.cluster.num_workers,
@@ -63,6 +64,8 @@ def check(recipe: FluxRecipe) -> Manifest:
 
 
 def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
+    from trainers import plan
+
     plan.check_fits(recipe, nodes)
 
 
@@ -72,6 +75,9 @@ def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, wo
 
 
 def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+    from trainers.flux.checkpointing import set_activation_checkpointing
+    from trainers.flux.stages import transformer_stage
+
     transformer = _transformer(recipe, device)
     set_activation_checkpointing(transformer, recipe.transformer.activation_checkpointing)
     vae, scheduler = load_decoding_parts(recipe.pretrained)
@@ -82,6 +88,8 @@ def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) 
 
 
 def export(recipe: FluxRecipe, stage: str, run: RunFolder, checkpoint: Path, out: Path) -> None:
+    from trainers.flux.export import export_adapters, export_pipeline
+
     write = export_pipeline if recipe.transformer.lora is None else export_adapters
     write(recipe, checkpoint, out)
 
@@ -90,8 +98,13 @@ def _precision(recipe: FluxRecipe) -> torch.dtype:
     return torch.bfloat16 if recipe.transformer.training.precision == "bf16" else torch.float32
 
 
-def _transformer(recipe: FluxRecipe, device: torch.device) -> FluxTransformer2DModel:
+def _transformer(recipe: FluxRecipe, device: torch.device) -> "FluxTransformer2DModel":
     """The pretrained transformer; under ZeRO-3 this rank's part of each weight."""
+    from diffusers import FluxTransformer2DModel
+
+    from trainers.engines.zero3 import load_partitioned, zero3_partitioned
+    from trainers.flux.export import lora_config
+
     config, weights = transformer_config(recipe.pretrained), transformer_weights(recipe.pretrained)
     settings = recipe.transformer
     if settings.engine == "zero3":
@@ -117,10 +130,14 @@ def _transformer(recipe: FluxRecipe, device: torch.device) -> FluxTransformer2DM
     return transformer
 
 
-def _engine(recipe: FluxRecipe, transformer: FluxTransformer2DModel, device: torch.device) -> Engine:
+def _engine(recipe: FluxRecipe, transformer: "FluxTransformer2DModel", device: torch.device) -> Engine:
     settings = recipe.transformer
     if settings.engine == "ddp":
+        from trainers.engines.ddp import DDPEngine
+
         return DDPEngine(transformer, settings.training, device)
+    from trainers.engines.zero3 import Zero3Engine
+
     return Zero3Engine(
         transformer,
         settings.training,

@@ -1,21 +1,19 @@
-"""MSDM: the autoencoder, then the denoiser in its latents; both fit one device, so both are trained by DDP."""
+"""MSDM: the autoencoder, then the denoiser in its latents; both fit one device, so both are trained by DDP.
+
+Models are imported where they are built: whoever launches a training imports this module and builds none.
+"""
 
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from cluster import storage
 from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
-from trainers.engines.ddp import DDPEngine
 from trainers.families import stream_from
-from trainers.msdm.export import export_pipeline, export_vae
-from trainers.msdm.stages import denoiser_stage, vae_stage
-from trainers.msdm.text_encoder import load_text_encoder
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
@@ -30,10 +28,12 @@ def training_of(recipe: MSDMRecipe, stage: str) -> Training:
 
 
 def check(recipe: MSDMRecipe) -> Manifest:
+    from trainers.msdm.text_encoder import check_text_encoder
+
     manifest = Manifest.load(recipe.data.shards)
     for split in ("train", "validation"):
         manifest.split(split)
-    load_text_encoder(recipe.text_encoder)
+    check_text_encoder(recipe.text_encoder)
     return manifest
 
 
@@ -47,11 +47,15 @@ def open_stream(recipe: MSDMRecipe, stage: str, split: str, *, rank: int = 0, wo
 
 
 def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+    from trainers.engines.ddp import DDPEngine
+
     built = _stage(recipe, stage, run, device)
     return built, DDPEngine(built.model, training_of(recipe, stage), device)
 
 
 def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out: Path) -> None:
+    from trainers.msdm.export import export_pipeline, export_vae
+
     if stage == "vae":
         steps = -(-LATENT_STATISTICS_SAMPLES // recipe.vae.training.global_batch_size)
         batches = islice(open_stream(recipe, stage, "train").batches(), steps)
@@ -62,6 +66,10 @@ def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out
 
 
 def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> Stage:
+    from diffusers import AutoencoderKL
+
+    from trainers.msdm.stages import denoiser_stage, vae_stage
+
     if stage == "vae":
         examples = islice(open_stream(recipe, stage, "validation").one_pass(NUM_VAE_EXAMPLES), 1)
         return vae_stage(recipe, torch.cat([batch.images for batch in examples]), device)

@@ -1,39 +1,68 @@
 """The frozen text encoder: captions to token embeddings."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 
 from cluster.errors import UserError
-from cluster.weights import local_weights
+from cluster.weights import file_names, local_weights
 from trainers.recipe import TextEncoder
 
+if TYPE_CHECKING:  # a launcher checks encoders and runs none
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = ("*.json", "*.txt", "*.model")
 # Bio_ClinicalBERT was published as a .bin, which transformers reads without running what a pickle may hold.
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def load_text_encoder(settings: TextEncoder) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def check_text_encoder(settings: TextEncoder) -> None:
+    """Raises UserError for what `load_text_encoder` would, but reads no weights: that they are there is enough."""
+    with _blaming(settings):
+        with local_weights(settings.pretrained, DESCRIPTION) as folder:
+            config = AutoConfig.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+        if not file_names(settings.pretrained, WEIGHTS):
+            raise UserError(f"'{settings.pretrained}' has no weights: needed is {' or '.join(WEIGHTS)}")
+    _check_length(settings, config)
+
+
+def load_text_encoder(settings: TextEncoder) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     """Tokenizer and encoder of any BERT-style model, in eval mode and without gradients.
 
     `settings.pretrained` is a hub id ("emilyalsentzer/Bio_ClinicalBERT"), a folder, an s3:// prefix or
     package://NAME/FOLDER. Raises UserError when there is no such model or it reads fewer tokens than asked.
     """
+    from transformers import AutoModel
+
+    with _blaming(settings), local_weights(settings.pretrained, (*DESCRIPTION, *WEIGHTS)) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        encoder = AutoModel.from_pretrained(folder)
+    _check_length(settings, encoder.config)
+    # Kept with the tokenizer, so that a saved pipeline pads exactly as training did.
+    tokenizer.model_max_length = settings.max_tokens
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def _blaming(settings: TextEncoder) -> Iterator[None]:
+    """Raises UserError that names the key at fault."""
     try:
-        with local_weights(settings.pretrained, FILES) as folder:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            encoder = AutoModel.from_pretrained(folder)
+        yield
     except UserError as error:
         raise UserError(f"text_encoder.pretrained: {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"text_encoder.pretrained: cannot load '{settings.pretrained}': {str(error).splitlines()[0]}"
         ) from None
-    longest = getattr(encoder.config, "max_position_embeddings", settings.max_tokens)
+
+
+def _check_length(settings: TextEncoder, config: Any) -> None:
+    longest = getattr(config, "max_position_embeddings", settings.max_tokens)
     if settings.max_tokens > longest:
         raise UserError(f"text_encoder.max_tokens {settings.max_tokens}: '{settings.pretrained}' reads {longest}")
-    # Kept with the tokenizer, so that a saved pipeline pads exactly as training did.
-    tokenizer.model_max_length = settings.max_tokens
-    return tokenizer, encoder.eval().requires_grad_(False)
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Any:
