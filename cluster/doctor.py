@@ -53,17 +53,15 @@ class Check:
 
 
 def examine(bucket: str | None = None, *, short: bool = False) -> Iterator[Check]:
-    """Every check, as soon as it is done. The short form asks no machine of the cluster and writes nothing."""
+    """Every check, as soon as it is done; in short, those that `medsynth submit` makes too."""
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
-    checks: list[Callable[[], Check]] = [
-        python,
-        packages,
-        torch,
-        job_server,
-        lambda: mlflow_server(tracking_uri),
-    ]
+    checks: list[Callable[[], Check]] = [job_server, lambda: mlflow_server(tracking_uri)]
     if not short:
-        checks += [
+        checks = [
+            python,
+            packages,
+            torch,
+            *checks,
             nodes,
             lambda: mlflow_registry(tracking_uri),
             lambda: s3(bucket),

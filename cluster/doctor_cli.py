@@ -14,7 +14,9 @@ def doctor(
     bucket: Annotated[
         str | None, typer.Option(help="Place to try reading and writing at, s3://BUCKET/PREFIX.", show_default=False)
     ] = None,
-    short: Annotated[bool, typer.Option("--short", help="Only what takes seconds and writes nothing.")] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="Only what 'medsynth submit' looks at: job server and MLflow.")
+    ] = False,
 ) -> None:
     """See whether everything that a run needs is there; each ✗ tells its remedy, and the exit code is then 1.
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import ClientError
 from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
@@ -29,19 +30,23 @@ EXCLUDES = (
     *(".git", ".venv", "venv", "*.egg-info", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis"),
     *("/data", "/demo", "/runs", "/shards", "/samples", "/evaluations", "/promotions", "/sweeps-out"),
     *("/mlruns", "/mlartifacts", "*.db", "*.db-*", "*.tar", "*.zip", "*.safetensors", "*.ckpt", "*.pt"),
-    *(".env", "*.pem"),  # secrets
+    *("/.medsynth-stack", ".env", "*.pem"),  # secrets
 )
 """What is never uploaded, by the patterns of .gitignore; what .gitignore and .rayignore name is not either."""
 UPLOAD_BYTES = 100 * 2**20
 """The job server refuses a larger upload, only after it was sent."""
+SECRETIVE = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY")
+"""Variables of such names seem to be secrets."""
 STOP_SECONDS = 600
 """How long a job may take to save its state before Ray ends it by force."""
 TRACKING = "MLFLOW_TRACKING_URI"
 CONNECT_SECONDS, POLL_SECONDS = 5, 0.5
 
-# They tell of every request.
-for _module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-    logging.getLogger(f"ray.{_module}").setLevel(logging.ERROR)
+# They tell of every request, and that .git is left out.
+for _module in ("dashboard_sdk", "job.sdk"):
+    logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.ERROR)
+for _module in ("packaging", "working_dir"):
+    logging.getLogger(f"ray._private.runtime_env.{_module}").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,11 @@ def prepare(
     notices = []
     if TRACKING not in env_vars:
         notices.append(f"{TRACKING} is not set: if the cluster does not set it either, the job's record is lost.")
+    if shown := [name for name in variables if SECRETIVE.search(name)]:
+        notices.append(
+            f"{', '.join(shown)}: Ray shows the value to all who may use the cluster, and writes it into its "
+            "logs there; a secret is safer set on the cluster's machines."
+        )
     if not (folder / "medsynth.py").exists():
         notices.append(f"{folder} has no medsynth.py: the job runs the medsynth that the cluster has installed.")
     return Submission(
@@ -135,6 +145,12 @@ def forwarded(variables: Sequence[str], environment: Mapping[str, str]) -> dict[
             raise UserError(
                 f"{TRACKING} names a file of this machine, which the cluster does not have: name a server by "
                 f"http://…, or go without it: env -u {TRACKING} medsynth submit …"
+            )
+        if urlsplit(uri).password:
+            raise UserError(
+                f"{TRACKING} has a password in it, which Ray would show to all who may use the cluster: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's machines instead, "
+                f"or insist: --env {TRACKING}"
             )
         given[TRACKING] = uri
     return given
@@ -307,7 +323,7 @@ def _explained(address: str, job: str | None = None) -> Iterator[None]:
             f"the job server at {address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to that of the cluster"
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (ClientError, OSError, RuntimeError, ValueError, KeyError) as error:
         message = (str(error).strip() or repr(error)).splitlines()[0]
         if job and "404" in message:
             raise UserError(f"{address} knows no job '{job}': see 'medsynth jobs list'") from None

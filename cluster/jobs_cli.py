@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
-NOT_AS_JOBS = ("submit", "jobs")
+NOT_AS_JOBS = ("submit", "jobs", "stack")
 STATUS_LINES = 5  # of a job's log
 COLOURS = {"RUNNING": "cyan", "SUCCEEDED": "green", "STOPPED": "yellow", "FAILED": "red"}
 
@@ -42,7 +42,7 @@ def submit(
     working_dir: Annotated[Path, typer.Option(help="Folder to upload: the code and the recipes.")] = Path(),
     env: Annotated[
         list[str] | None,
-        typer.Option(help="Name of an environment variable that the job needs too; its value is that of here."),
+        typer.Option(help="Name of an environment variable for the job; its value is that of here. No secrets."),
     ] = None,
     check: Annotated[
         bool, typer.Option(help="See first that the cluster has this Ray, and that MLflow answers.")

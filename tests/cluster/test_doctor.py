@@ -179,7 +179,7 @@ def test_room_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_command_marks_each_line_and_fails_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["doctor", "--short"])
     assert result.exit_code == 0, result.output
-    assert "✓ Python: " in result.output
+    assert "– Ray job server: " in result.output
     assert "– MLflow: " in result.output
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     result = CliRunner().invoke(app, ["doctor", "--short"])

@@ -34,7 +34,8 @@ def test_code_and_recipes_are_uploaded_and_nothing_else(tmp_path: Path) -> None:
     left = [
         *(".git/HEAD", ".venv/bin/python", "medsynth.egg-info/PKG-INFO", "cluster/__pycache__/a.pyc", ".ruff_cache/x"),
         *("data/a.png", "demo/shards/a.json", "runs/a/run.json", "sweeps-out/x", "evaluations/x", "promotions/x"),
-        *("mlruns/x", "mlartifacts/x", "mlflow.db", "deep/down/shard-000000.tar", "deep/model.safetensors", ".env"),
+        *("mlruns/x", "mlartifacts/x", "mlflow.db", "deep/down/shard-000000.tar", "deep/model.safetensors"),
+        *(".env", ".medsynth-stack/ray_token"),
         *("named-in-gitignore/x", "named-in-rayignore/x"),
     ]
     write(tmp_path, *kept, *left)
@@ -79,7 +80,7 @@ def test_variables_go_by_name_and_never_show(tmp_path: Path, capsys: pytest.Capt
     assert job.variables == ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "MY_TOKEN"]
     assert "AWS_SECRET_ACCESS_KEY" not in given
     assert SECRET not in repr((job.metadata, job.entrypoint, job.notices, job.variables))
-    assert not job.notices
+    assert [notice.partition(" ")[0] for notice in job.notices] == ["MY_TOKEN:"]
     assert capsys.readouterr() == ("", "")
 
 
@@ -90,6 +91,7 @@ def test_variables_go_by_name_and_never_show(tmp_path: Path, capsys: pytest.Capt
         ([f"MY_TOKEN={SECRET}"], {}, "--env MY_TOKEN: give the name alone"),
         ([], {"MLFLOW_TRACKING_URI": "sqlite:////home/me/mlflow.db"}, "names a file of this machine"),
         ([], {"MLFLOW_TRACKING_URI": "mlruns"}, "names a file of this machine"),
+        ([], {"MLFLOW_TRACKING_URI": f"http://me:{SECRET}@mlflow:5000"}, "has a password in it"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused(variables: list[str], environment: dict[str, str], said: str) -> None:
@@ -98,8 +100,9 @@ def test_variables_that_make_no_sense_are_refused(variables: list[str], environm
     assert SECRET not in str(caught.value)
 
 
-def test_a_file_that_is_asked_for_by_name_is_the_users_business() -> None:
-    store = {"MLFLOW_TRACKING_URI": "sqlite:////shared/mlflow.db"}
+@pytest.mark.parametrize("uri", ["sqlite:////shared/mlflow.db", f"http://me:{SECRET}@mlflow:5000"])
+def test_what_is_asked_for_by_name_is_the_users_business(uri: str) -> None:
+    store = {"MLFLOW_TRACKING_URI": uri}
     assert jobs.forwarded(["MLFLOW_TRACKING_URI"], store) == store
 
 
@@ -154,6 +157,7 @@ def refused(*arguments: str) -> str:
     [
         (["trian", "r.yaml"], "'trian' is no command of medsynth: did you mean 'train'?"),
         (["submit", "--", "train"], "'submit' is no command"),
+        (["stack", "up"], "'stack' is no command"),
         (["shards", "inspct", "x"], "'inspct' is no command of medsynth shards: did you mean 'inspect'?"),
         (["train", "r.yaml", "--stes", "3"], "No such option: --stes"),
         (["train"], "Missing argument"),
