@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from cluster.errors import UserError, did_you_mean
 
@@ -79,12 +79,12 @@ def list_jobs(address: Address = None) -> None:
 
     medsynth jobs list --address http://127.0.0.1:8265
     """
-    table = Table()
-    for heading in ("job", "state", "began", "took", "command"):
-        table.add_column(heading, overflow="fold")
-    for job in _server(address).jobs():
-        table.add_row(job.submission_id, _state(job), _began(job), _took(job), _command(job))
-    console.print(table)
+    found = _server(address).jobs()
+    width = max((len(job.submission_id or "") for job in found), default=0)
+    for job in found:
+        state = _state(job, width=len("SUCCEEDED"))
+        line = f"{job.submission_id:{width}}  {state}  {_began(job)}  {_took(job)}  {escape(_command(job))}"
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -96,18 +96,19 @@ def status(job: JobId, address: Address = None) -> None:
     server = _server(address)
     details = server.job(job)
     known = details.metadata or {}
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_row("job", job)
-    table.add_row("state", _state(details))
-    table.add_row("began", f"{_began(details)}, {_took(details)}")
-    table.add_row("command", _command(details))
-    for name in ("run", "git_commit", "medsynth_version"):
-        if value := known.get(name):
-            table.add_row(name.replace("_", " "), value)
-    table.add_row("MLflow", _record(details))
-    console.print(table)
+    rows = {
+        "job": job,
+        "state": _state(details),
+        "began": f"{_began(details)}, {_took(details)}",
+        "command": escape(_command(details)),
+        "run": escape(known.get("run", "")),
+        "git commit": known.get("git_commit", ""),
+        "medsynth": known.get("medsynth_version", ""),
+        "MLflow": escape(_record(details)),
+    }
+    for name, value in rows.items():
+        if value:
+            console.print(f"{name:12}{value}", soft_wrap=True)
     typer.echo(_last_lines(server, job))
 
 
@@ -194,9 +195,9 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True, markup=False)
 
 
-def _state(job: "JobDetails") -> str:
+def _state(job: "JobDetails", width: int = 0) -> str:
     state = job.status.value
-    return f"[{COLOURS.get(state, 'default')}]{state}[/]"
+    return f"[{COLOURS.get(state, 'default')}]{state:{width}}[/]"
 
 
 def _command(job: "JobDetails") -> str:

@@ -146,7 +146,7 @@ def test_a_training_is_stopped_gone_on_with_and_its_model_judged(
     settings = [f"--set={key}={value}" for key, value in {**grid, "extractors": f'["{extractor}"]'}.items()]
     commands = [
         ["evaluate", uri, *asked, "--out", str(tmp_path / "judged")],
-        ["sweep", "--guidance", uri, "--data", real_shards, *settings, "--workers=2", "--out", str(tmp_path / "swept")],
+        ["sweep", "--guidance", uri, "--data", real_shards, *settings, "--workers=1", "--out", str(tmp_path / "swept")],
         ["promote", uri, *asked, "--out", str(tmp_path / "promotions")],
     ]
     with ThreadPoolExecutor() as pool:
@@ -160,6 +160,7 @@ def test_a_training_is_stopped_gone_on_with_and_its_model_judged(
     for said in (first, second, judged, swept, promoted):
         (line,) = (line for line in listed.splitlines() if said.job in line)
         assert ("STOPPED" in line) == (said is first)
+    assert "'--set=samplers=[ddim]'" in listed
 
 
 def test_the_log_of_a_failed_job_ends_with_the_cause() -> None:
