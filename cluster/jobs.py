@@ -327,4 +327,6 @@ def _explained(address: str, job: str | None = None) -> Iterator[None]:
         message = (str(error).strip() or repr(error)).splitlines()[0]
         if job and "404" in message:
             raise UserError(f"{address} knows no job '{job}': see 'medsynth jobs list'") from None
+        if "404" in message:
+            raise UserError(f"{address} answers, but is no job server: give the address of Ray's dashboard") from None
         raise UserError(f"the job server at {address} does not do it: {message}") from None

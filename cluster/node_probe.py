@@ -1,10 +1,11 @@
-"""What each machine of the cluster has, as JSON lines: python -m cluster.node_probe.
+"""What each machine of the cluster has, as JSON: python -m cluster.node_probe.
 
 A process of its own, which `doctor` ends when Ray does not come to an answer.
 """
 
 import json
 import platform
+import sys
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import runtime
+from cluster.errors import UserError
 
 ANSWER_SECONDS = 30  # a machine has to start a process
 
@@ -54,4 +56,7 @@ def probe() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":  # which has Ray send `_Probe` itself along, not its name
-    print(json.dumps(probe()))
+    try:
+        print(json.dumps(probe()))
+    except UserError as error:
+        sys.exit(str(error))
