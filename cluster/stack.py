@@ -80,11 +80,16 @@ class Process(Block):
     pid: int
     created: float
 
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """The living process that has this id now."""
+        return cls(pid=pid, created=psutil.Process(pid).create_time())
+
     def find(self) -> psutil.Process | None:
         """The process if it lives; not another that has its id by now, nor what is left of a dead one."""
         with suppress(psutil.Error):
             found = psutil.Process(self.pid)
-            if abs(found.create_time() - self.created) < SAME_SECONDS and found.status() != psutil.STATUS_ZOMBIE:
+            if abs(found.create_time() - self.created) < SAME_SECONDS and not _is_dead(found):
                 return found
         return None
 
@@ -390,7 +395,7 @@ def _start(server: Server, folder: Path) -> Process:
             env=server.environment,
             start_new_session=True,
         )
-    return Process(pid=process.pid, created=psutil.Process(process.pid).create_time())
+    return Process.of(process.pid)
 
 
 def _wait(servers: Iterable[Server], state: State) -> None:

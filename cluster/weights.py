@@ -54,11 +54,7 @@ def local_weights(pretrained: str, patterns: Sequence[str] | None = None) -> Ite
 
 def file_names(pretrained: str, patterns: Sequence[str]) -> list[str]:
     """Files of `pretrained` that match a pattern; those of a hub id are fetched, those below s3:// are not."""
-    if storage.is_remote(pretrained):
-        names = storage.list_files(pretrained)
-    else:
-        with local_weights(pretrained, patterns) as folder:
-            names = storage.list_files(str(folder))
+    names = _listed(pretrained, patterns)
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -139,9 +135,14 @@ def _weight_names(pretrained: str, component: str) -> list[str]:
 
 def _names(pretrained: str, component: str) -> list[str]:
     """Files of a component; of one on the hub, only its safetensors."""
+    return _listed(pretrained, [f"{component}/*.safetensors"], component)
+
+
+def _listed(pretrained: str, fetched: Sequence[str], component: str = "") -> list[str]:
+    """All files of a model or of its component; of one on the hub, those that match a pattern are fetched first."""
     if storage.is_remote(pretrained):
         return storage.list_files(storage.join(pretrained, component))
-    with local_weights(pretrained, [f"{component}/*.safetensors"]) as folder:
+    with local_weights(pretrained, fetched) as folder:
         return storage.list_files(str(folder / component))
 
 

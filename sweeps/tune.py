@@ -44,8 +44,16 @@ from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
-from trainers.families import family_of
-from trainers.launch import Progress, RunStopped, TrainedRun, check_recipe, register_run, release, train_recipe
+from trainers.launch import (
+    Progress,
+    RunStopped,
+    TrainedRun,
+    check_fits,
+    check_recipe,
+    register_run,
+    release,
+    train_recipe,
+)
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.run_folder import COMPLETE, RunFolder
@@ -102,7 +110,6 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     began = time.monotonic()
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
     recipe = at_absolute_paths(space.recipe_of(spec, {}))
-    family = family_of(recipe)
     manifest = check_recipe(recipe)
     for corner in corners:
         check_recipe(corner)
@@ -120,11 +127,9 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
     ):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        grows = runtime.grows()
-        limit = space.concurrency(spec, corners, nodes, grows=grows)
-        if not grows:  # of machines that are still to come nothing is known
-            for corner in corners:
-                family.check_fits(corner, runtime.nodes())
+        limit = space.concurrency(spec, corners, nodes, grows=runtime.grows())
+        for corner in corners:
+            check_fits(corner)
         tracker = _begin(spec, recipe, manifest, journal, previous)
         # Whoever edits the recipe's file while the sweep runs does not change what later trials are.
         spec = spec.model_copy(update={"recipe": journal.base_recipe})

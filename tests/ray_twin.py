@@ -10,15 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.autoscaler._private.util import prepare_config
 
+from cluster.stack import Process, end
 from tests.servers import START_SECONDS, free_port
 
 CPUS_EACH = 2.0
@@ -77,6 +77,7 @@ def ray_twin(config_file: Path) -> Iterator[dict[str, str]]:
     log = folder / "head.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=head)
+    head_process = Process.of(process.pid)
     try:
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in log.read_text():
@@ -85,20 +86,7 @@ def ray_twin(config_file: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.1)
         yield client
     finally:
-        _end(psutil.Process(process.pid))
+        # Ray's own `ray stop`, which its AutoscalingCluster calls, ends every Ray process of the machine.
+        end([head_process])
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(head: psutil.Process) -> None:
-    """End the head and all that it started, machines and their workers too: these and no other processes.
-
-    Ray's own `ray stop`, which its AutoscalingCluster calls, ends every Ray process of the machine.
-    """
-    started = head.children(recursive=True)
-    head.terminate()
-    psutil.wait_procs([head], timeout=15)
-    for process in (head, *started):
-        with suppress(psutil.NoSuchProcess):  # psutil knows another process that got the same number
-            process.kill()
-    psutil.wait_procs(started, timeout=15)

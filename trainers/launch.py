@@ -107,8 +107,7 @@ def train_recipe(
             cpus_beside=cluster.cpus_per_worker if fidelity else 0,
             gpus_beside=int(fidelity.use_gpu) if fidelity else 0,
         )
-        if not runtime.grows():  # of machines that are still to come nothing is known
-            family.check_fits(recipe, runtime.nodes())
+        check_fits(recipe)
         tracker = _begin(recipe, manifest, run, run_name, tags or {})
         status: Status = "FAILED"
         try:
@@ -148,6 +147,15 @@ def check_recipe(recipe: Recipe) -> Manifest:
         for split in fidelity.splits:
             manifest.split(split)
     return manifest
+
+
+def check_fits(recipe: Recipe) -> None:
+    """Raise UserError if the connected cluster's machines could never hold the training.
+
+    Nothing is refused where the cluster grows: of machines that are still to come nothing is known.
+    """
+    if not runtime.grows():
+        family_of(recipe).check_fits(recipe, runtime.nodes())
 
 
 def emulated_precision(recipe: Recipe) -> str | None:

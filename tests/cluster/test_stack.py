@@ -172,10 +172,10 @@ def test_wrong_settings_are_told(folder: Path, changes: Mapping[str, object], me
 def test_a_process_that_has_a_recorded_id_by_now_is_left_alone(folder: Path) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
-        created = psutil.Process(stranger.pid).create_time()
-        assert Process(pid=stranger.pid, created=created).find() is not None
+        known = Process.of(stranger.pid)
+        assert known.find() is not None
         folder.mkdir()
-        State(servers={"s3": (Process(pid=stranger.pid, created=created - 3600),)}).write(folder)
+        State(servers={"s3": (Process(pid=known.pid, created=known.created - 3600),)}).write(folder)
         assert stack.down(folder) == []
         assert stranger.poll() is None
     finally:
@@ -188,8 +188,7 @@ def test_who_does_not_listen_is_killed() -> None:
     process = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    created = psutil.Process(process.pid).create_time()
-    assert stack.end([Process(pid=process.pid, created=created)], seconds=0.5)
+    assert stack.end([Process.of(process.pid)], seconds=0.5)
     assert process.wait(5) == -signal.SIGKILL
     process.stdout.close()
 
