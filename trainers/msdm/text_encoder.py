@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer
@@ -23,7 +24,7 @@ def check_text_encoder(settings: TextEncoder) -> None:
     with _blaming(settings):
         with local_weights(settings.pretrained, DESCRIPTION) as folder:
             config = AutoConfig.from_pretrained(folder)
-            AutoTokenizer.from_pretrained(folder)
+            _open_tokenizer(folder)
         if not file_names(settings.pretrained, WEIGHTS):
             raise UserError(f"'{settings.pretrained}' has no weights: needed is {' or '.join(WEIGHTS)}")
     _check_length(settings, config)
@@ -38,12 +39,20 @@ def load_text_encoder(settings: TextEncoder) -> "tuple[PreTrainedTokenizerBase, 
     from transformers import AutoModel
 
     with _blaming(settings), local_weights(settings.pretrained, (*DESCRIPTION, *WEIGHTS)) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _open_tokenizer(folder)
         encoder = AutoModel.from_pretrained(folder)
     _check_length(settings, encoder.config)
     # Kept with the tokenizer, so that a saved pipeline pads exactly as training did.
     tokenizer.model_max_length = settings.max_tokens
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def _open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Raises ValueError where the vocabulary's file is not there: transformers would take every word for unknown."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("it has no vocabulary: needed is tokenizer.json, or vocab.txt and the like")
+    return tokenizer
 
 
 @contextmanager
