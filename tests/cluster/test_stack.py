@@ -371,7 +371,7 @@ def test_the_whole_stack(ports: dict[str, int], tmp_path: Path, monkeypatch: pyt
         storage.forget_clients()
         assert storage.read_bytes("s3://medsynth/large") == large
         assert storage.list_files("s3://medsynth") == ["large", "small"]
-        assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]] == ["medsynth"]
+        assert [bucket["Name"] for bucket in boto3.Session().client("s3").list_buckets()["Buckets"]] == ["medsynth"]
         found = MlflowClient().get_run(run)
         assert found.data.metrics == {"loss": 0.5}
         assert Path(MlflowClient().download_artifacts(run, "note.txt", str(tmp_path))).read_text() == "kept"
