@@ -119,13 +119,9 @@ def workplace(keep: Path | None, asked: Mapping[str, Any]) -> Iterator[Path]:
 
 def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     """Write the shards and the recipe, and train the autoencoder, unless an earlier start has done so."""
-    from data_shards import Settings, write_shards
-    from data_shards.sources import medvqa_records
     from trainers.launch import RunStopped, train_recipe
 
-    images = str(ROOT / "tests/data/colonoscopy")
-    settings = Settings("colonoscopy", {"train": 0.8, "validation": 0.1, "test": 0.1}, samples_per_shard=100, resize=64)
-    write_shards(medvqa_records(images), str(folder / "shards"), settings, source={"format": "medvqa", "uri": images})
+    write_frames(str(folder / "shards"), resize=64)
     recipe = small_recipe(folder, steps=steps, vae_steps=vae_steps)
     _recipe_file(folder).write_text(dump_recipe(recipe))
     if not _shared(folder).has_model("vae"):
@@ -141,6 +137,17 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
         except RunStopped:
             raise SystemExit(STOPPED) from None
     return recipe
+
+
+def write_frames(shards: str, *, resize: int) -> None:
+    """The colonoscopy frames of the tests as shards."""
+    from data_shards import Settings, write_shards
+    from data_shards.sources import medvqa_records
+
+    images = str(ROOT / "tests/data/colonoscopy")
+    splits = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    settings = Settings("colonoscopy", splits, samples_per_shard=100, resize=resize)
+    write_shards(medvqa_records(images), shards, settings, source={"format": "medvqa", "uri": images})
 
 
 def small_recipe(folder: Path, *, steps: int, vae_steps: int) -> MSDMRecipe:

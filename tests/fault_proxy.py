@@ -1,0 +1,116 @@
+"""A proxy before an HTTP server that fails as it is told: what a network and a storage service do on a bad day."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+
+from aiohttp import ClientSession, DummyCookieJar, web
+from yarl import URL
+
+HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding")
+
+
+class Fault(Enum):
+    """What happens to a request instead of an answer."""
+
+    ERROR = auto()  # 500, as S3's InternalError
+    SLOW_DOWN = auto()  # 503, as S3 asks for patience
+    RESET = auto()  # the connection is cut
+    TRUNCATED = auto()  # half of the body, then the connection is cut
+    STALLED = auto()  # what was sent is taken, and nothing is answered until `release`, then the request is done
+
+
+class FaultProxy:
+    """Hands every request through, but for those that `decide` has a fault for."""
+
+    def __init__(self, target: str) -> None:
+        self.decide: Callable[[str, str], Fault | None] = lambda method, path: None
+        """(method, path with query) -> what is to fail. Called by another thread."""
+        self.faults: Counter[Fault] = Counter()
+        self.stalled = threading.Event()
+        """Set when a request stands still."""
+        self.address = ""
+        self._target = target
+        self._released = threading.Event()
+
+    def release(self) -> None:
+        """Let the requests that stand still go on."""
+        self._released.set()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        fault = self.decide(request.method, request.path_qs)
+        body = await request.read()
+        if fault is not None:
+            self.faults[fault] += 1
+        if fault in (Fault.ERROR, Fault.SLOW_DOWN):
+            code, status = ("InternalError", 500) if fault is Fault.ERROR else ("SlowDown", 503)
+            return web.Response(
+                status=status,
+                content_type="application/xml",
+                text=f"<Error><Code>{code}</Code><Message>told to</Message></Error>",
+            )
+        if fault is Fault.RESET:
+            _cut(request)
+            return web.Response()
+        if fault is Fault.STALLED:
+            self.stalled.set()
+            while not self._released.is_set():
+                await asyncio.sleep(0.05)
+        headers = {name: value for name, value in request.headers.items() if name not in HOP_BY_HOP}
+        async with self._session.request(
+            request.method,
+            URL(self._target + request.raw_path, encoded=True),
+            data=body,
+            headers=headers,
+            allow_redirects=False,
+        ) as answer:
+            content = await answer.read()
+            kept = {name: value for name, value in answer.headers.items() if name not in HOP_BY_HOP}
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            if request.method != "HEAD":
+                response.content_length = len(content)
+            await response.prepare(request)
+            if fault is Fault.TRUNCATED:
+                await response.write(content[: len(content) // 2])
+                _cut(request)
+            elif request.method != "HEAD":
+                await response.write(content)
+            return response
+
+    async def _serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
+        # An object's bytes are to arrive as they are stored.
+        async with ClientSession(auto_decompress=False, cookie_jar=DummyCookieJar()) as self._session:
+            application = web.Application(client_max_size=2**30)
+            application.router.add_route("*", "/{path:.*}", self._handle)
+            runner = web.AppRunner(application, shutdown_timeout=0)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            host, port = runner.addresses[0][:2]
+            self.address = f"http://{host}:{port}"
+            ready.set()
+            await stop.wait()
+            await runner.cleanup()
+
+
+def _cut(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
+
+
+@contextmanager
+def fault_proxy(target: str) -> Iterator[FaultProxy]:
+    """A proxy on a free loopback port, in a thread of this process."""
+    proxy, ready, loop, stop = FaultProxy(target), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(proxy._serve(ready, stop),), daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield proxy
+    finally:
+        proxy.release()
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
