@@ -3,14 +3,14 @@
     python -m benchmarks.faults                            # both engines, every fault
     python -m benchmarks.faults --engines ddp --faults worker driver
 
-The machines are raylets of one Ray cluster on this computer: a head without CPUs, two machines with one CPU each for two
-ranks, and one to spare. The training is `medsynth train`, a process of its own: a small MSDM on two DDP ranks ("ddp"),
-or FLUX in miniature cut over two ZeRO-3 ranks ("zero3"). Its data and checkpoints are on an S3 server behind a proxy that
-fails on demand, its record is on an MLflow server.
+The machines are raylets of one Ray cluster on this computer: a head without CPUs, two machines with one CPU each for
+two ranks, and one to spare. The training is `medsynth train`, a process of its own: a small MSDM on two DDP ranks
+("ddp"), or FLUX in miniature cut over two ZeRO-3 ranks ("zero3"). Its data and checkpoints are on an S3 server behind
+a proxy that fails on demand, its record is on an MLflow server.
 
-Each engine's first run is left in peace. A run that meets a fault at half-time must end with that run's weights, to the
-last bit, and leave its very history of metrics in a single MLflow run: so no sample was lost or repeated, and no metric.
-What a fault costs is the time that its run took longer. Prints the table of docs/reliability.md.
+Each engine's first run is left in peace. A run that meets a fault at half-time must end with that run's weights, to
+the last bit, and leave its very history of metrics in a single MLflow run: so no sample was lost or repeated, and no
+metric. What a fault costs is the time that its run took longer. Prints the table of docs/reliability.md.
 """
 
 import argparse

@@ -55,6 +55,18 @@ class Place:
     k: int
 
 
+def deal(num_micro_batches: int, rank: int, world_size: int) -> list[tuple[int, float]]:
+    """A rank's micro-batches of a step, equally many on each rank: (which of the step's, its weight).
+
+    Weights are so that the mean over ranks of each rank's weighted sum is the mean over the step's micro-batches.
+    Ranks for which there are not enough repeat one, with weight 0.
+    """
+    each = -(-num_micro_batches // world_size)
+    own = range(min(rank * each, num_micro_batches), min((rank + 1) * each, num_micro_batches))
+    weight = world_size / num_micro_batches
+    return [(number, weight) for number in own] + [(own[0] if own else 0, 0.0)] * (each - len(own))
+
+
 HEAD, TAIL = -1, -2  # "lanes" of the samples outside the body
 
 

@@ -44,6 +44,9 @@ class Batch:
     seeds: list[int]
     """A 63-bit seed for each sample and epoch, from which all its random draws follow."""
     is_precomputed: bool = False
+    weight: float = 1.0
+    """What its mean loss counts for in its rank's sum, whose mean over ranks is the mean over the global batch; 0 for
+    one that only keeps step with ranks that have more."""
 
     @property
     def images(self) -> Tensor:

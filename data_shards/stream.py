@@ -28,7 +28,7 @@ from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, Precomputed, ShardEntry
-from data_shards.plan import Place, Plan, Stretch
+from data_shards.plan import Place, Plan, Stretch, deal
 from data_shards.sample import (
     ABOUT_MEMBER,
     IMAGE_MEMBERS,
@@ -82,10 +82,9 @@ class ShardStream:
         horizontal_flip: bool = False,
         num_workers: int = 1,
     ) -> None:
-        if global_batch_size % (micro_batch_size * world_size):
+        if global_batch_size % micro_batch_size:
             raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
-                f"x {world_size} workers"
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
             )
         manifest = Manifest.load(shards_uri)
         self.manifest_digest = manifest.digest
@@ -116,7 +115,10 @@ class ShardStream:
         return self._first_index[-1]
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """For each step from `start_step` on, without end: this rank's micro-batches."""
+        """For each step from `start_step` on, without end: this rank's micro-batches, equally many on each rank.
+
+        Where they cannot be dealt out evenly, ranks with fewer repeat one, with weight 0.
+        """
         steps = self._steps(start_step)
         return prefetched(steps, STEPS_AHEAD) if self._num_workers else steps
 
@@ -137,8 +139,10 @@ class ShardStream:
                 yield self._batch(opened, seeds, [False] * len(opened))
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
-        share = self._plan.global_batch_size // self._world_size
-        slots = range(self._rank * share, (self._rank + 1) * share)
+        size = self._micro_batch_size
+        dealt = deal(self._plan.global_batch_size // size, self._rank, self._world_size)
+        own = list(dict.fromkeys(number for number, _ in dealt))
+        slots = [slot for number in own for slot in range(number * size, (number + 1) * size)]
         with (
             ThreadPoolExecutor(FETCH_THREADS) as fetchers,
             ThreadPoolExecutor(max(1, self._num_workers)) as openers,
@@ -154,8 +158,9 @@ class ShardStream:
                 ]
                 flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
                 opened = list(open_all(self._open_or_replace, samples, flipped))
-                parts = [slice(at, at + self._micro_batch_size) for at in range(0, share, self._micro_batch_size)]
-                yield [self._batch(opened[part], seeds[part], flipped[part]) for part in parts]
+                parts = {number: slice(at * size, (at + 1) * size) for at, number in enumerate(own)}
+                batches = {n: self._batch(opened[part], seeds[part], flipped[part]) for n, part in parts.items()}
+                yield [replace(batches[number], weight=weight) for number, weight in dealt]
 
     def _open_or_replace(self, sample: Encoded, mirrored: bool) -> tuple[Encoded, Tensor]:
         """The sample and what is in it, or the next one of its shard that can be opened in its place.

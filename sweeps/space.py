@@ -137,6 +137,11 @@ def check(spec: SweepSpec) -> list[Recipe]:
         raise UserError(f"sweep {spec.name}: {error}") from None
     for recipe in recipes:
         check_objective(spec, recipe)
+        if recipe.cluster.is_elastic:
+            raise UserError(
+                f"sweep {spec.name}: cluster.num_workers {list(recipe.cluster.worker_range)}: trials share the cluster, "
+                "so give one number, as by --set fixed.cluster.num_workers=1"
+            )
     if spec.budget.gpu_hours is not None and not gpus_of(recipes[0]):
         raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
     return recipes
@@ -185,11 +190,11 @@ def concurrency(
         return spec.concurrency or max(fits, 1)
     if not fits:
         there = {name: int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
-        largest = max(recipes, key=lambda recipe: recipe.cluster.num_workers * recipe.cluster.cpus_per_worker).cluster
+        largest = max(recipes, key=lambda recipe: recipe.cluster.max_workers * recipe.cluster.cpus_per_worker).cluster
         each = f"{largest.cpus_per_worker} CPUs" + (" and a GPU" if largest.use_gpu else "")
         beside = " and one that measures fidelity" if recipes[0].fidelity else ""
         raise UserError(
-            f"sweep {spec.name}: a trial has {largest.num_workers} workers of {each}{beside}, and the Ray cluster's "
+            f"sweep {spec.name}: a trial has {largest.max_workers} workers of {each}{beside}, and the Ray cluster's "
             f"{len(nodes)} machines with {there['CPU']} CPUs and {there['GPU']} GPUs never hold them at once: "
             "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
         )
@@ -198,19 +203,19 @@ def concurrency(
 
 def gpus_of(recipe: Recipe) -> int:
     """GPUs that a trial takes."""
-    workers = recipe.cluster.num_workers if recipe.cluster.use_gpu else 0
+    workers = recipe.cluster.max_workers if recipe.cluster.use_gpu else 0
     return workers + int(recipe.fidelity is not None and recipe.fidelity.use_gpu)
 
 
 def _fitting(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
     cluster, fidelity = recipe.cluster, recipe.fidelity
-    cpus = (cluster.num_workers + (fidelity is not None)) * cluster.cpus_per_worker
+    cpus = (cluster.max_workers + (fidelity is not None)) * cluster.cpus_per_worker
     rooms = 0  # for processes that train
     for node in nodes:
         room = node.get("CPU", 0) // cluster.cpus_per_worker
         rooms += int(min(room, node.get("GPU", 0)) if cluster.use_gpu else room)
     slots = sum(int(node.get("CPU", 0) // cluster.cpus_per_worker) for node in nodes) * cluster.cpus_per_worker
-    fits = [rooms // cluster.num_workers, slots // cpus]
+    fits = [rooms // cluster.max_workers, slots // cpus]
     if gpus := gpus_of(recipe):
         fits.append(int(sum(node.get("GPU", 0) for node in nodes)) // gpus)
     return min(fits)

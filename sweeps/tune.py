@@ -122,7 +122,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     if not is_new and not previous:
         raise UserError(f"there is no sweep at {journal.uri} to resume")
     storage.check_writable(journal.uri)
-    workers = [r.cluster.num_workers + (r.fidelity is not None) for r in corners]
+    workers = [r.cluster.max_workers + (r.fidelity is not None) for r in corners]
     with runtime.connect(
         min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
     ):
@@ -308,7 +308,7 @@ class _Conductor(tune.Callback):
             return None
         recipe = load_recipe(self.journal.recipe(trial.parent))
         stage = objective.objective_stage(self.spec, recipe)
-        folder = checkpoint_folder(trial.begin, recipe.cluster.num_workers)
+        folder = checkpoint_folder(trial.begin, recipe.cluster.max_workers)
         return storage.join(self.journal.run_folder(trial.parent).uri, stage, folder)
 
     def is_spent(self) -> bool:
@@ -583,12 +583,12 @@ def _judge_at_best_guidance(
     out, cluster = journal.guidance(number), recipe.cluster
     arguments = (trained.model_uri, recipe.data.shards, out)
     settings = grid.arguments | {
-        "num_workers": cluster.num_workers,
+        "num_workers": cluster.max_workers,
         "device": "cuda" if cluster.use_gpu else "cpu",
         "cache": journal.features,
     }
     # This process holds nothing of the cluster: several workers are actors, and one is a task, with what a rank had.
-    if cluster.num_workers > 1:
+    if cluster.max_workers > 1:
         found = sweep_guidance(*arguments, **settings)
     else:
         resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}

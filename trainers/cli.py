@@ -45,10 +45,8 @@ def train(
     name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
     command = f"medsynth train {shlex.quote(recipe)} {changes} --run {name}".replace("  ", " ")
-    console.print(
-        f"Run [bold]{name}[/] with {loaded.cluster.num_workers} workers; to resume it: {command}",
-        soft_wrap=True,
-    )
+    workers = " to ".join(str(number) for number in dict.fromkeys(loaded.cluster.worker_range))
+    console.print(f"Run [bold]{name}[/] with {workers} workers; to resume it: {command}", soft_wrap=True)
     if notice := emulated_precision(loaded):
         console.print(f"[yellow]{notice}[/]", soft_wrap=True)
     with watching(console, command) as watch:

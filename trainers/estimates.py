@@ -61,7 +61,7 @@ def _zero3_parts(recipe: FluxRecipe, counted: Footprint) -> Iterator[Part]:
     they are accumulated), master weights and Adam's two moments 12. An update handles `sub_group_size` parameters at
     a time, with a copy of their gradients.
     """
-    settings, num_gpus = recipe.transformer, recipe.cluster.num_workers
+    settings, num_gpus = recipe.transformer, recipe.cluster.min_workers
     share = -(-counted.parameters // num_gpus)
     low, high = _low_bytes(recipe), _state_bytes(recipe)
     elements = {key: _zero_key(recipe, key, default) for key, default in ZERO3_DEFAULTS.items()}
@@ -150,7 +150,7 @@ def is_offloaded(recipe: FluxRecipe, key: str) -> bool:
 
 def seconds_per_step(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
     """Passes one after another, each its computation plus its traffic, none of it hidden; then the update."""
-    training, num_gpus = recipe.transformer.training, recipe.cluster.num_workers
+    training, num_gpus = recipe.transformer.training, recipe.cluster.min_workers
     passes = training.global_batch_size // (training.micro_batch_size * num_gpus)
     flops = training.micro_batch_size * counted.pass_flops
     computing = flops / (gpu.matmul_flops * ACHIEVED_SHARE)
@@ -168,7 +168,7 @@ def seconds_per_step(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
 def _bytes_sent(recipe: FluxRecipe, counted: Footprint) -> float:
     """By one GPU: under ZeRO-3 in a pass, two gathers of the weights and one reduction of the gradients (Sec. 7.2.2);
     under DDP in a step, a ring's two rounds over the gradients."""
-    num_gpus, low = recipe.cluster.num_workers, _low_bytes(recipe)
+    num_gpus, low = recipe.cluster.min_workers, _low_bytes(recipe)
     others = (num_gpus - 1) / num_gpus
     if recipe.transformer.engine == "zero3":
         return 3 * low * counted.parameters * others
@@ -177,7 +177,7 @@ def _bytes_sent(recipe: FluxRecipe, counted: Footprint) -> float:
 
 def _update_seconds(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
     """AdamW reads and writes all states once, at the speed of the memory they are in."""
-    settings, num_gpus = recipe.transformer, recipe.cluster.num_workers
+    settings, num_gpus = recipe.transformer, recipe.cluster.min_workers
     low, high = _low_bytes(recipe), _state_bytes(recipe)
     touched = 2 * (low + 4 * high + (4 if settings.training.ema_decay else 0))
     if settings.engine == "ddp":

@@ -98,10 +98,10 @@ def train_recipe(
     storage.check_writable(run.uri)
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
-    num_processes = cluster.num_workers + (fidelity is not None)
+    num_processes = cluster.min_workers + (fidelity is not None)
     with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
         runtime.check_capacity(
-            num_workers=cluster.num_workers,
+            num_workers=cluster.min_workers,
             cpus_per_worker=cluster.cpus_per_worker,
             gpus_per_worker=int(cluster.use_gpu),
             cpus_beside=cluster.cpus_per_worker if fidelity else 0,
@@ -247,7 +247,10 @@ def _train_stage(
             "start_from": start_from,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+            num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=resources,
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(

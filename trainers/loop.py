@@ -69,7 +69,7 @@ def train(
         for number, micro_batch in enumerate(micro_batches, start=1):
             prepared = stage.prepare(micro_batch, True)
             with engine.autocast():
-                micro_loss = stage.objective(engine.model, **prepared).mean() / len(micro_batches)
+                micro_loss = stage.objective(engine.model, **prepared).mean() * micro_batch.weight
             engine.backward(micro_loss, is_last_micro_batch=number == len(micro_batches))
             loss += micro_loss.detach()
 
@@ -93,6 +93,7 @@ def train(
         if is_last or step % training.log_every_steps == 0:
             metrics = interval.metrics(training.global_batch_size)
             metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": learning_rate}
+            metrics["world_size"] = engine.world_size
             metrics |= {"replaced_samples": engine.mean(stream.replaced, 1) * engine.world_size}
             interval = Interval()
         if is_last or step % training.validate_every_steps == 0:

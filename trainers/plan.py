@@ -120,7 +120,7 @@ def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
     """
     if not recipe.cluster.use_gpu:
         return
-    num_gpus = recipe.cluster.num_workers
+    num_gpus = recipe.cluster.min_workers
 
     def planned(gpu: Gpu) -> Plan:
         return plan_flux(recipe, num_gpus=num_gpus, gpu=gpu, price_per_gpu_hour=None)
@@ -171,7 +171,7 @@ def _plan(recipe: FluxRecipe, architecture: Mapping[str, Any], gpu: Gpu, price_p
     return Plan(
         recipe=recipe,
         gpu=gpu,
-        num_gpus=recipe.cluster.num_workers,
+        num_gpus=recipe.cluster.min_workers,
         footprint=counted,
         parts=tuple(parts_of(recipe, counted, gpu)),
         seconds_per_step=seconds_per_step(recipe, counted, gpu),
@@ -229,7 +229,7 @@ def _levers(recipe: FluxRecipe) -> Iterator[Lever]:
         for smaller in range(micro - 1, 0, -1)
         if micro % smaller == 0
     ]
-    num_gpus = recipe.cluster.num_workers
+    num_gpus = recipe.cluster.min_workers
     yield [{"cluster.num_workers": more} for more in range(num_gpus + 1, MOST_GPUS + 1) if more % num_gpus == 0]
     if training.ema_decay:
         yield [{"transformer.training.ema_decay": 0.0}]

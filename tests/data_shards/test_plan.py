@@ -3,10 +3,11 @@
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.plan import Place, Plan
+from data_shards.plan import Place, Plan, deal
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=7).map(tuple)
 
@@ -77,3 +78,14 @@ def test_a_hundred_million_samples_cost_nothing_to_plan() -> None:
     plan = Plan(counts=(10_000,) * 10_000, digest="d", seed=0, global_batch_size=4096, window_size=64)
     seen = {plan.sample(step, slot)[1:] for step in (0, 20_000, 24_000) for slot in range(0, 4096, 64)}
     assert len(seen) > 150
+
+
+@given(st.integers(1, 40), st.integers(1, 16))
+def test_micro_batches_are_dealt_out_to_any_number_of_ranks(num_micro_batches: int, world_size: int) -> None:
+    dealt = [deal(num_micro_batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in dealt}) == 1, "ranks that share weights must run equally many forwards"
+    counting = [number for share in dealt for number, weight in share if weight]
+    assert counting == list(range(num_micro_batches))
+    losses = [3.0**number for number in range(num_micro_batches)]
+    of_ranks = [sum(weight * losses[number] for number, weight in share) for share in dealt]
+    assert sum(of_ranks) / world_size == pytest.approx(sum(losses) / num_micro_batches)

@@ -172,11 +172,17 @@ def train_on(world_size: int, recipe: MSDMRecipe, run: RunFolder, out: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(recipe: MSDMRecipe, run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 2), (3, 1)])
+def test_several_ranks_equal_one(
+    recipe: MSDMRecipe, run: RunFolder, tmp_path: Path, world_size: int, micro_batch_size: int
+) -> None:
+    """Also where micro-batches cannot be dealt out evenly: four to three ranks."""
     one = train_on(1, recipe, run, tmp_path / "one")
-    two = train_on(2, recipe, run, tmp_path / "two")
     for stage in ("vae", "denoiser"):
-        (metrics_1, pixels_1, weights_1), (metrics_2, pixels_2, weights_2) = one[stage], two[stage]
+        recipe = with_training(recipe, stage, micro_batch_size=micro_batch_size)
+    several = train_on(world_size, recipe, run, tmp_path / "several")
+    for stage in ("vae", "denoiser"):
+        (metrics_1, pixels_1, weights_1), (metrics_2, pixels_2, weights_2) = one[stage], several[stage]
         assert metrics_1.keys() == metrics_2.keys()
         for step in metrics_1:
             for name in ("loss", "validation_loss", "grad_norm"):

@@ -30,23 +30,21 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """What the recipe says, in DeepSpeed's words, together with further `keys` from `transformer.deepspeed`.
 
-    Raises UserError for a key that DeepSpeed does not know or that contradicts what the recipe says elsewhere, and for
-    a global batch that cannot be dealt out to the ranks.
+    Where the global batch cannot be dealt out to the ranks evenly, DeepSpeed is told of the larger one that could: some
+    ranks repeat micro-batches then, which do not count.
+
+    Raises UserError for a key that DeepSpeed does not know or that contradicts what the recipe says elsewhere.
     """
     has_bf16_states = optimizer_states == "bf16"
-    accumulation, remainder = divmod(training.global_batch_size, training.micro_batch_size * world_size)
-    if remainder:
-        raise UserError(
-            f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-            f"{training.micro_batch_size} x {world_size} workers"
-        )
+    per_pass = training.micro_batch_size * world_size
+    accumulation = -(-training.global_batch_size // per_pass)
     batches = (
-        f"training.global_batch_size {training.global_batch_size} = "
-        f"micro_batch_size {training.micro_batch_size} x {world_size} workers x {accumulation}"
+        f"training.global_batch_size {training.global_batch_size} on {world_size} workers of micro_batch_size "
+        f"{training.micro_batch_size}, {accumulation} times"
     )
     fixed: dict[str, tuple[object, str]] = {  # by dotted key: its value, and what in the recipe decides it
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, batches),
-        "train_batch_size": (training.global_batch_size, batches),
+        "train_batch_size": (per_pass * accumulation, batches),
         "gradient_accumulation_steps": (accumulation, batches),
         "gradient_clipping": (training.max_grad_norm, f"training.max_grad_norm {training.max_grad_norm}"),
         "bf16.enabled": (training.precision == "bf16", f"training.precision {training.precision}"),

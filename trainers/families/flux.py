@@ -44,7 +44,7 @@ def check(recipe: FluxRecipe) -> Manifest:
 
         deepspeed_config(
             settings.training,
-            recipe.cluster.num_workers,
+            recipe.cluster.max_workers,
             optimizer_states=settings.optimizer_states,
             keys=settings.deepspeed,
         )

@@ -19,7 +19,7 @@ def training_cost(
     stages: Mapping[str, int],
     history: Callable[[str], History],
     *,
-    num_workers: int,
+    num_ranks: int,
     device: str,
     power_keys: Sequence[str],
 ) -> TrainingCost:
@@ -28,21 +28,24 @@ def training_cost(
     Args:
         stages: global batch size of each stage.
         history: of a metric's name; `STAGE/images_per_second` is the mean since its last value.
+        num_ranks: where `STAGE/world_size` does not tell, as runs of before it do not.
         device: what each rank trained on.
         power_keys: metrics in watts, one for each GPU that was watched; energy is their means' sum times the hours.
     """
-    seconds = 0.0
+    seconds = device_seconds = 0.0
     for stage, global_batch_size in stages.items():
-        before = 0
+        before, world_sizes = 0, dict(history(f"{stage}/world_size"))
         for step, images_per_second in sorted(dict(history(f"{stage}/images_per_second")).items()):
-            seconds += (step - before) * global_batch_size / images_per_second
+            took = (step - before) * global_batch_size / images_per_second
+            seconds += took
+            device_seconds += took * world_sizes.get(step, num_ranks)
             before = step
     if not seconds:
         return TrainingCost()
     watts = [[value for _, value in history(key)] for key in power_keys]
     energy = sum(sum(values) / len(values) for values in watts if values) * seconds / 3.6e6
     return TrainingCost(
-        gpu_hours=seconds / 3600 * num_workers,
+        gpu_hours=device_seconds / 3600,
         device=device,
         energy_kwh=energy or None,
     )
@@ -51,9 +54,9 @@ def training_cost(
 def cost_of_run(run_id: str | None) -> TrainingCost:
     """The cost of a training run; empty if it is not known here, or, with a warning, if MLflow does not tell.
 
-    Of a run that was resumed on another number of ranks or on other devices, it is what it would be with those it
-    began with: MLflow has no others. Energy is that of every GPU of the nodes it ran on, for NVML sees them all: on a
-    node that it shared, also of GPUs that others used.
+    Of a run that was resumed on other devices, it is what it would be with those it began with: MLflow has no others.
+    Energy is that of every GPU of the nodes it ran on, for NVML sees them all: on a node that it shared, also of GPUs
+    that others used.
     """
     if not run_id:
         return TrainingCost()
@@ -76,7 +79,7 @@ def _recorded_cost(run_id: str) -> TrainingCost:
     return training_cost(
         {key.removesuffix(batch): int(value) for key, value in params.items() if key.endswith(batch)},
         run.metric_history,
-        num_workers=int(params.get("cluster.num_workers", 1)),
+        num_ranks=max(map(int, re.findall(r"\d+", params.get("cluster.num_workers", "1")))),
         device=run.client.get_run(run_id).data.tags.get("device", unnamed),
         power_keys=[name for name in run.last_metrics() if POWER.fullmatch(name)],
     )

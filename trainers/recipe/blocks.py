@@ -12,6 +12,7 @@ EXTRACTOR = "extractor"
 Place = Annotated[str, PLACE]
 Weights = Annotated[str, WEIGHTS]
 Extractor = Annotated[str, EXTRACTOR]
+Workers = Annotated[int, Field(gt=0)]
 
 
 class Block(BaseModel):
@@ -84,8 +85,8 @@ class Training(Block):
 
 
 class Cluster(Block):
-    num_workers: int = Field(default=1, gt=0)
-    """Training processes (ranks)."""
+    num_workers: Workers | tuple[Workers, Workers] = 1
+    """Training processes (ranks); [fewest, most] starts with what the cluster has, and grows and shrinks with it."""
     cpus_per_worker: int = Field(default=1, gt=0)
     use_gpu: bool = False
     storage: Place = "runs"
@@ -96,6 +97,31 @@ class Cluster(Block):
     hang_timeout_seconds: float = Field(default=1800, gt=0)
     """A rank that takes longer for a step, with the validation, previews and checkpoint that follow it, is ended, which
     counts as a failure."""
+    resize_seconds: float = Field(default=60, gt=0)
+    """How often a training with a range of workers looks for room for more. To grow, it starts again at its latest
+    checkpoint."""
+
+    @model_validator(mode="after")
+    def _is_range(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers {list(self.worker_range)} is no range: give [fewest, most]")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def min_workers(self) -> int:
+        return self.worker_range[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.worker_range[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_workers < self.max_workers
 
 
 class Tracking(Block):
@@ -136,12 +162,16 @@ class BaseRecipe(Block):
     fidelity: Fidelity | None = None
 
     def check_batches(self, training: Training) -> None:
-        """Raise ValueError unless the global batch can be dealt out to all workers in whole micro-batches."""
-        per_pass = training.micro_batch_size * self.cluster.num_workers
+        """Raise ValueError unless the global batch can be dealt out to all workers in whole micro-batches.
+
+        Of a range of workers, most is a number that it must be possible to deal out to evenly; numbers in between make
+        do with ranks that wait.
+        """
+        per_pass = training.micro_batch_size * self.cluster.max_workers
         if training.global_batch_size % per_pass:
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x {self.cluster.num_workers} workers"
+                f"{training.micro_batch_size} x {self.cluster.max_workers} workers"
             )
 
     def check_fidelity(self, training: Training) -> None:
