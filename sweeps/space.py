@@ -139,8 +139,8 @@ def check(spec: SweepSpec) -> list[Recipe]:
         check_objective(spec, recipe)
         if recipe.cluster.is_elastic:
             raise UserError(
-                f"sweep {spec.name}: cluster.num_workers {list(recipe.cluster.worker_range)}: trials share the cluster, "
-                "so give one number, as by --set fixed.cluster.num_workers=1"
+                f"sweep {spec.name}: cluster.num_workers {list(recipe.cluster.worker_range)}: trials share the "
+                "cluster, so give one number, as by --set fixed.cluster.num_workers=1"
             )
     if spec.budget.gpu_hours is not None and not gpus_of(recipes[0]):
         raise UserError(f"sweep {spec.name}: budget.gpu_hours: the recipe uses no GPU; give trials or wall_hours")
