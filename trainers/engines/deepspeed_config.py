@@ -39,8 +39,9 @@ def deepspeed_config(
     per_pass = training.micro_batch_size * world_size
     accumulation = -(-training.global_batch_size // per_pass)
     batches = (
-        f"training.global_batch_size {training.global_batch_size} on {world_size} workers of micro_batch_size "
-        f"{training.micro_batch_size}, {accumulation} times"
+        f"training.global_batch_size {training.global_batch_size} "
+        f"{'=' if per_pass * accumulation == training.global_batch_size else '<'} "
+        f"micro_batch_size {training.micro_batch_size} x {world_size} workers x {accumulation}"
     )
     fixed: dict[str, tuple[object, str]] = {  # by dotted key: its value, and what in the recipe decides it
         "train_micro_batch_size_per_gpu": (training.micro_batch_size, batches),
