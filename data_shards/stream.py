@@ -122,12 +122,14 @@ class ShardStream:
         steps = self._steps(start_step)
         return prefetched(steps, STEPS_AHEAD) if self._num_workers else steps
 
-    def one_pass(self, micro_batch_size: int) -> Iterator[Batch]:
+    def one_pass(self, micro_batch_size: int, num_samples: int | None = None) -> Iterator[Batch]:
         """This rank's share of the split, each sample once, in the manifest's order and never mirrored.
 
-        Seeds are the same in every pass. Samples that cannot be decoded are left out.
+        With `num_samples`, of the first so many of the split, which the writer has shuffled. Seeds are the same in
+        every pass. Samples that cannot be decoded are left out.
         """
-        first, last = (self.num_samples * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        total = min(self.num_samples, num_samples or self.num_samples)
+        first, last = (total * rank // self._world_size for rank in (self._rank, self._rank + 1))
         for start in range(first, last, micro_batch_size):
             opened = []
             for stretch in self._stretches(start, min(start + micro_batch_size, last)):

@@ -2,7 +2,8 @@
 Networks", arXiv 1506.01186), the rate rising exponentially, as fastai has it.
 
 The recipe's last stage is trained for some steps, each with a larger rate than the one before, until the loss blows
-up. It is a run like any other, on as many workers and recorded in MLflow, but its model is of no use.
+up. The loss that is watched is that of a few validation samples with their own noise, the same after each step: that of
+the batches depends more on the timesteps that they drew than on the learning rate. It is a run like any other, on as many workers and recorded in MLflow, but its model is of no use.
 
 RUN/lr-find.json, RUN/lr-find.png    what was found, beside what any run's folder holds
 """
@@ -32,6 +33,8 @@ from trainers.run_folder import RunFolder
 
 DOCUMENT, PICTURE = "lr-find.json", "lr-find.png"
 KIND_OF_RUN = "lr-find"
+VALIDATION_SAMPLES = 64
+WATCHED = ("learning_rate", "loss", "validation_loss")  # of each step
 MIN_STEPS, MIN_POINTS = 20, 10  # asked for; that a suggestion is made from
 BLOWN_UP = 4.0  # times the lowest smoothed loss, as in fastai
 CLEAR = 6.0  # standard deviations of the smoothed log loss; by noise alone, one test in twenty falls by more
@@ -144,7 +147,7 @@ def find_learning_rate(
     def watch(progress: Progress) -> None:
         nonlocal has_blown_up
         if progress.stage == stage and "loss" in progress.metrics:
-            seen[progress.step] = (progress.metrics["learning_rate"], progress.metrics["loss"])
+            seen[progress.step] = (progress.metrics["learning_rate"], _loss_of(progress.metrics))
             if not has_blown_up and Curve.of(seen.values(), steps).has_blown_up:
                 has_blown_up = True
                 run.request_stop()
@@ -162,8 +165,13 @@ def find_learning_rate(
     return _conclude(recipe, stage, run, steps)
 
 
+def _loss_of(metrics: Mapping[str, float]) -> float:
+    """A step's validation loss; not finite if the step was not, for then the weights are those before it."""
+    return metrics["validation_loss"] if math.isfinite(metrics["loss"]) else metrics["loss"]
+
+
 def range_test(recipe: Recipe, *, lr_min: float, lr_max: float, steps: int) -> Recipe:
-    """The recipe with its last stage as the test trains it: one report a step, all else once, at the end.
+    """The recipe with its last stage as the test trains it: one report a step, of the weights themselves.
 
     Raises UserError if the learning rates or the steps make no test.
     """
@@ -180,7 +188,9 @@ def range_test(recipe: Recipe, *, lr_min: float, lr_max: float, steps: int) -> R
         "initial_learning_rate": lr_min,
         "warmup_steps": 0,
         "log_every_steps": 1,
-        "validate_every_steps": steps,
+        "validate_every_steps": 1,
+        "validation_samples": VALIDATION_SAMPLES,
+        "ema_decay": 0.0,
         "preview_every_steps": steps,
         "checkpoint_every_steps": steps,
     }
@@ -269,11 +279,11 @@ def _conclude(recipe: Recipe, stage: str, run: RunFolder, steps: int) -> Found:
     known = run.mlflow_run()
     assert known is not None, "training begins with it"
     tracker = Tracker(default_tracking_uri(), known["run_id"])
-    rates = dict(tracker.metric_history(f"{stage}/learning_rate"))
-    losses = sorted(dict(tracker.metric_history(f"{stage}/loss")).items())
-    curve = Curve.of(((rates[step], loss) for step, loss in losses), steps)
+    told = {name: dict(tracker.metric_history(f"{stage}/{name}")) for name in WATCHED}
+    of_steps = [{name: told[name][step] for name in WATCHED} for step in sorted(told["validation_loss"])]
+    curve = Curve.of([(metrics["learning_rate"], _loss_of(metrics)) for metrics in of_steps], steps)
     samples = family_of(recipe).training_of(recipe, stage).global_batch_size
-    title = f"{recipe.name}, {stage}: learning-rate range test, {steps} steps of {samples} samples"
+    title = f"{recipe.name}, {stage}: learning-rate range test, {steps} steps of {samples} samples, validation loss"
     try:
         suggestion = suggest(curve)
     except UserError as error:

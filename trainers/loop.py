@@ -97,7 +97,7 @@ def train(
             metrics |= {"replaced_samples": engine.mean(stream.replaced, 1) * engine.world_size}
             interval = Interval()
         if is_last or step % training.validate_every_steps == 0:
-            metrics["validation_loss"] = validation_loss(stage, engine, validation, training.micro_batch_size)
+            metrics["validation_loss"] = validation_loss(stage, engine, validation, training)
         if is_last or step % training.preview_every_steps == 0:
             pixels = preview(stage, engine)
         if is_last or step % training.checkpoint_every_steps == 0 or save_requested(step):
@@ -110,14 +110,14 @@ def train(
     return step
 
 
-def validation_loss(stage: Stage, engine: Engine, validation: ShardStream, micro_batch_size: int) -> float:
-    """Mean loss of the averaged weights over the whole validation split, each rank taking its share.
+def validation_loss(stage: Stage, engine: Engine, validation: ShardStream, training: Training) -> float:
+    """Mean loss of the averaged weights over `training.validation_samples`, each rank taking its share.
 
     Noise and timesteps are each sample's own, so values of different steps and runs compare.
     """
     total, count = 0.0, 0
     with engine.averaged_model() as model:
-        for batch, counts in in_lockstep(engine, validation, micro_batch_size):
+        for batch, counts in in_lockstep(engine, validation, training):
             prepared = stage.prepare(batch, False)
             with engine.autocast():
                 losses = stage.objective(model, **prepared)
@@ -127,12 +127,12 @@ def validation_loss(stage: Stage, engine: Engine, validation: ShardStream, micro
     return engine.mean(total, count)
 
 
-def in_lockstep(engine: Engine, validation: ShardStream, micro_batch_size: int) -> Iterator[tuple[Batch, bool]]:
+def in_lockstep(engine: Engine, validation: ShardStream, training: Training) -> Iterator[tuple[Batch, bool]]:
     """(batch, whether it counts): this rank's share of the split, then repetitions until every rank has had its own.
 
     Where weights are cut over the ranks, a forward needs all of them, so they must run equally many.
     """
-    share = validation.one_pass(micro_batch_size)
+    share = validation.one_pass(training.micro_batch_size, training.validation_samples)
     last: Batch | None = None
     while True:
         batch = next(share, None)

@@ -99,18 +99,20 @@ def test_seeds_belong_to_sample_and_epoch(shards: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_one_pass_sees_each_sample_once_and_the_same_each_time(shards: str, world_size: int) -> None:
-    def passed() -> list[Batch]:
+    def passed(num_samples: int | None = None) -> list[Batch]:
         ranks = [
             stream(shards, split="validation", global_batch_size=10, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
-        return [batch for rank in ranks for batch in rank.one_pass(3)]
+        return [batch for rank in ranks for batch in rank.one_pass(3, num_samples)]
 
     expected = [entry.key for shard in Manifest.load(shards).split("validation") for entry in shard.samples]
     first = joined(passed())
     assert first["keys"] == expected
     assert not any(first["flipped"])
     assert_same([first], [joined(passed())])
+    assert joined(passed(4))["keys"] == expected[:4]
+    assert joined(passed(4000))["keys"] == expected
 
 
 def test_reads_are_ranged_and_few(s3_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_the_recipe_of_a_test(recipe: MSDMRecipe, tmp_path: Path) -> None:
     training = tested.denoiser.training  # type: ignore[union-attr]
     assert (training.steps, training.log_every_steps, training.checkpoint_every_steps) == (40, 1, 40)
     assert (training.initial_learning_rate, training.learning_rate) == (1e-5, 0.1)
+    assert (training.validate_every_steps, training.ema_decay) == (1, 0), "its loss is of the weights after each step"
     assert (tested.fidelity, tested.tracking.register_as) == (None, None)
     assert tested.vae == recipe.vae  # type: ignore[union-attr]
     assert tested.data == recipe.data

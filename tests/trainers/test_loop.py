@@ -177,9 +177,9 @@ def test_several_ranks_equal_one(
     recipe: MSDMRecipe, run: RunFolder, tmp_path: Path, world_size: int, micro_batch_size: int
 ) -> None:
     """Also where micro-batches cannot be dealt out evenly: four to three ranks."""
-    one = train_on(1, recipe, run, tmp_path / "one")
     for stage in ("vae", "denoiser"):
         recipe = with_training(recipe, stage, micro_batch_size=micro_batch_size)
+    one = train_on(1, recipe, run, tmp_path / "one")
     several = train_on(world_size, recipe, run, tmp_path / "several")
     for stage in ("vae", "denoiser"):
         (metrics_1, pixels_1, weights_1), (metrics_2, pixels_2, weights_2) = one[stage], several[stage]

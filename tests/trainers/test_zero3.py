@@ -262,7 +262,7 @@ def validate_and_preview(shards: str) -> tuple[dict[str, float], Tensor]:
     """The loop's validation of splits that ranks share unequally, or get nothing of, and its preview."""
     engine = build(deepspeed_keys=ALL_GATHERED)
     stage = Stage(engine.model, prepare_drawn, losses_of, partial(drawn_by, num_tokens=IMAGE_TOKENS), num_previews=3)
-    losses = {}
+    losses, singly = {}, TRAINING.model_copy(update={"micro_batch_size": 1})
     for split in ("validation", "test"):
         stream = ShardStream(
             shards,
@@ -274,7 +274,7 @@ def validate_and_preview(shards: str) -> tuple[dict[str, float], Tensor]:
             rank=engine.rank,
             world_size=engine.world_size,
         )
-        losses[split] = loop.validation_loss(stage, engine, stream, micro_batch_size=1)
+        losses[split] = loop.validation_loss(stage, engine, stream, singly)
     return losses, loop.preview(stage, engine)
 
 

@@ -55,6 +55,8 @@ class Training(Block):
     """bf16: forward passes under autocast; weights, gradients and optimizer states stay fp32."""
     log_every_steps: int = Field(default=50, gt=0)
     validate_every_steps: int = Field(default=500, gt=0)
+    validation_samples: int | None = Field(default=None, gt=0)
+    """How many samples of the validation split its loss is taken over, always the same; none takes all."""
     preview_every_steps: int = Field(default=500, gt=0)
     checkpoint_every_steps: int = Field(default=500, gt=0)
 
