@@ -2,8 +2,9 @@
 Networks", arXiv 1506.01186), the rate rising exponentially, as fastai has it.
 
 The recipe's last stage is trained for some steps, each with a larger rate than the one before, until the loss blows
-up. The loss that is watched is that of a few validation samples with their own noise, the same after each step: that of
-the batches depends more on the timesteps that they drew than on the learning rate. It is a run like any other, on as many workers and recorded in MLflow, but its model is of no use.
+up. The loss that is watched is that of a few validation samples with their own noise, the same after each step: that
+of the batches depends more on the timesteps that they drew than on the learning rate. It is a run like any other, on
+as many workers and recorded in MLflow, but its model is of no use.
 
 RUN/lr-find.json, RUN/lr-find.png    what was found, beside what any run's folder holds
 """
