@@ -1,6 +1,6 @@
 """From a recipe to a trained, registered model: Ray Train runs each stage, MLflow records it.
 
-The only module of this folder that imports Ray.
+The only module of this folder that imports Ray, but for exporter.py.
 """
 
 import io
@@ -31,6 +31,7 @@ from cluster.tracking import Status, Tracker, TrackingError, default_tracking_ur
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
+from trainers.exporter import Exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
 from trainers.loop import DivergedError
@@ -345,6 +346,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
     log_every_steps = family_of(recipe).training_of(recipe, config["stage"]).log_every_steps
+    rank = context.get_world_rank()
+    exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
@@ -354,6 +357,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             png = io.BytesIO()
             grid(pixels).save(png, "PNG")
             storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
+        exporter.report(step, metrics)
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
@@ -381,7 +385,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if checkpoint is None and config["start_from"]:
         filesystem, path = storage.arrow_filesystem(config["start_from"])
         checkpoint = ray.train.Checkpoint(path, filesystem)
-    if context.get_world_rank() == 0:
+    if rank == 0:
         storage.write_bytes(run.placement, runtime.current_placement_group().encode())
     node = platform.node()
     with (
