@@ -5,8 +5,10 @@ The only module of this folder that imports Ray, but for exporter.py.
 
 import io
 import json
+import logging
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,12 +36,15 @@ from trainers.code_version import git_commit
 from trainers.exporter import Exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
+from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.records import Records, Report
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 # How often Ray Train takes a report, for which the ranks wait with the one after it: by its default, every two seconds.
@@ -346,7 +351,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
     log_every_steps = family_of(recipe).training_of(recipe, config["stage"]).log_every_steps
-    rank = context.get_world_rank()
+    rank, node = context.get_world_rank(), platform.node()
+    origin = {"run": run.name, "mlflow_run_id": tracker.run_id, "stage": config["stage"], "rank": rank}
+    origin |= {"world_size": context.get_world_size(), "node": node}
     exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
@@ -358,6 +365,8 @@ def _train_worker(config: dict[str, Any]) -> None:
             grid(pixels).save(png, "PNG")
             storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
         exporter.report(step, metrics)
+        if rank == 0:
+            logger.info("step %d", step, extra={"metrics": {"step": step, **metrics}})
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
@@ -387,11 +396,12 @@ def _train_worker(config: dict[str, Any]) -> None:
         checkpoint = ray.train.Checkpoint(path, filesystem)
     if rank == 0:
         storage.write_bytes(run.placement, runtime.current_placement_group().encode())
-    node = platform.node()
     with (
+        json_logs(sys.stderr, origin),
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),
         checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
     ):
+        logger.info("the rank begins")
         try:
             train_rank(
                 recipe,
@@ -402,10 +412,12 @@ def _train_worker(config: dict[str, Any]) -> None:
                 resume_from=Path(resume_from) if resume_from else None,
                 save_requested=save_requested,
             )
-        except DivergedError:
-            # An error overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
-            last = {"step": reported, "has_picture": False}
-            ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
+        except Exception as error:
+            logger.exception("the rank ends with an error")
+            if isinstance(error, DivergedError):
+                # It overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
+                last = {"step": reported, "has_picture": False}
+                ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
             raise
 
 

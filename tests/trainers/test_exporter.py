@@ -1,7 +1,9 @@
-"""What can be seen of a rank while it trains: its figures at Ray's metrics exporter."""
+"""What can be seen of a rank while it trains: its figures at Ray's metrics exporter, its lines in Ray's logs."""
 
+import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +54,7 @@ def test_what_a_training_rank_shows(
     tracking_uri: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Exporter and MLflow tell the same of two ranks that train until the exporter has had everything."""
+    """Exporter, logs and MLflow tell the same of two ranks that train until the exporter has had everything."""
     recipe = with_values(
         recipe_document,
         data__shards=s3_shards,
@@ -69,6 +71,7 @@ def test_what_a_training_rank_shows(
     with runtime.connect(min_cpus=3):
         (node,) = ray.nodes()
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        logs = Path(node["RayletSocketName"]).parents[1] / "logs"
 
         def look(progress: Progress) -> None:
             seen.update(exported(url, run="seen", stage="denoiser"))
@@ -77,12 +80,21 @@ def test_what_a_training_rank_shows(
 
         with pytest.raises(AllIsSeen):
             train(recipe, "seen", look)
+        lines = [line for path in logs.glob("worker-*.err") for line in own_lines(path)]
 
     folder = RunFolder.of(recipe, "seen")
     tracker = Tracker(tracking_uri, (folder.mlflow_run() or {})["run_id"])
     check_figures(seen, lambda name: dict(tracker.metric_history(f"denoiser/{name}")))
     retries = seen["ray_medsynth_storage_read_retries_total"]
     assert 0 < sum(retries.values()) <= faulty_s3.faults[Fault.SLOW_DOWN]
+
+    assert {line["rank"] for line in lines} == {0, 1}
+    for line in lines:
+        assert (line["run"], line["mlflow_run_id"], line["stage"]) == ("seen", tracker.run_id, "denoiser")
+        assert line["world_size"] == 2
+    assert [line["rank"] for line in lines if line["message"] == "the rank begins"] in ([0, 1], [1, 0])
+    told = {line["metrics"]["step"]: line["metrics"]["loss"] for line in lines if "metrics" in line}
+    assert told == dict(tracker.metric_history("denoiser/loss"))
 
 
 def exported(url: str, run: str, stage: str) -> Exported:
@@ -119,3 +131,12 @@ def check_figures(seen: Exported, history: Callable[[str], dict[int, float]]) ->
         by_rank = seen[f"ray_{PREFIX}{name}"]
         assert by_rank["0"] in history(name).values()
         assert 0 <= by_rank["1"] <= 1
+
+
+def own_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of medsynth's loggers in a file of Ray's, where others write too."""
+    found = []
+    for line in path.read_text().splitlines():
+        if line.startswith('{"time": '):
+            found.append(json.loads(line))
+    return found
