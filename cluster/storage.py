@@ -23,6 +23,7 @@ from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
+from cluster import counters
 from cluster.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def _get(request: dict[str, Any]) -> bytes:
         try:
             return bytes(_s3().get_object(**request)["Body"].read())
         except (HTTPClientError, IncompleteReadError) as error:
+            counters.count("storage_read_retries")
             logger.warning("reading s3://%s/%s again: %s", request["Bucket"], request["Key"], error)
             sleep(pause_seconds)
     return bytes(_s3().get_object(**request)["Body"].read())
@@ -228,10 +230,20 @@ def _location(uri: str) -> dict[str, str]:
 
 @cache
 def _client(process: int) -> Any:
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60),
     )
+    client.meta.events.register("after-call.s3", _count_retries)
+    client.meta.events.register("after-call-error.s3", _count_retries)
+    return client
+
+
+def _count_retries(event_name: str, context: dict[str, Any], **_: Any) -> None:
+    """botocore's hook at the end of a call. An answer tells how often it was tried again, an error's context alone."""
+    reads = event_name.rpartition(".")[2].startswith(("Get", "Head", "List"))
+    retries = context.get("retries", {}).get("attempt", 1) - 1
+    counters.count("storage_read_retries" if reads else "storage_write_retries", retries)
 
 
 def forget_clients() -> None:

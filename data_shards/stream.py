@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from cluster import storage
+from cluster import counters, storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, Precomputed, ShardEntry
@@ -174,6 +174,7 @@ class ShardStream:
                 return candidate, self._open(candidate, mirrored)
             except ImageError as error:
                 self.replaced += 1
+                counters.count("replaced_samples")
                 logger.warning("sample %s of %s left out: %s", candidate.key, self._uri, error)
         raise UserError(f"no image can be read from sample '{sample.key}' of {self._uri} on: are these images?")
 

@@ -16,6 +16,7 @@ DOORS = {
     "ray": {
         "cluster/runtime.py",
         "trainers/launch.py",
+        "trainers/exporter.py",  # what a rank measures, for Ray's metrics exporter
         "sweeps/tune.py",
         "data_shards/writer.py",
         "data_shards/precompute.py",

@@ -1,12 +1,14 @@
 """From a recipe to a trained, registered model: Ray Train runs each stage, MLflow records it.
 
-The only module of this folder that imports Ray.
+The only module of this folder that imports Ray, but for exporter.py.
 """
 
 import io
 import json
+import logging
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,14 +33,18 @@ from cluster.tracking import Status, Tracker, TrackingError, default_tracking_ur
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.code_version import git_commit
+from trainers.exporter import Exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
+from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
 from trainers.records import Records, Report
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 # How often Ray Train takes a report, for which the ranks wait with the one after it: by its default, every two seconds.
@@ -345,6 +351,10 @@ def _train_worker(config: dict[str, Any]) -> None:
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
     context = ray.train.get_context()
     log_every_steps = family_of(recipe).training_of(recipe, config["stage"]).log_every_steps
+    rank, node = context.get_world_rank(), platform.node()
+    origin = {"run": run.name, "mlflow_run_id": tracker.run_id, "stage": config["stage"], "rank": rank}
+    origin |= {"world_size": context.get_world_size(), "node": node}
+    exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
@@ -354,6 +364,9 @@ def _train_worker(config: dict[str, Any]) -> None:
             png = io.BytesIO()
             grid(pixels).save(png, "PNG")
             storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
+        exporter.report(step, metrics)
+        if rank == 0:
+            logger.info("step %d", step, extra={"metrics": {"step": step, **metrics}})
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
@@ -381,13 +394,14 @@ def _train_worker(config: dict[str, Any]) -> None:
     if checkpoint is None and config["start_from"]:
         filesystem, path = storage.arrow_filesystem(config["start_from"])
         checkpoint = ray.train.Checkpoint(path, filesystem)
-    if context.get_world_rank() == 0:
+    if rank == 0:
         storage.write_bytes(run.placement, runtime.current_placement_group().encode())
-    node = platform.node()
     with (
+        json_logs(sys.stderr, origin),
         tracker.system_metrics(node) if context.get_local_rank() == 0 else nullcontext(),
         checkpoint.as_directory() if checkpoint else nullcontext() as resume_from,
     ):
+        logger.info("the rank begins")
         try:
             train_rank(
                 recipe,
@@ -398,10 +412,12 @@ def _train_worker(config: dict[str, Any]) -> None:
                 resume_from=Path(resume_from) if resume_from else None,
                 save_requested=save_requested,
             )
-        except DivergedError:
-            # An error overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
-            last = {"step": reported, "has_picture": False}
-            ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
+        except Exception as error:
+            logger.exception("the rank ends with an error")
+            if isinstance(error, DivergedError):
+                # It overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
+                last = {"step": reported, "has_picture": False}
+                ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
             raise
 
 

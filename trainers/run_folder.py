@@ -33,6 +33,10 @@ class RunFolder:
     def of(cls, recipe: Recipe, run_name: str) -> "RunFolder":
         return cls(storage.join(recipe.cluster.storage, run_name))
 
+    @property
+    def name(self) -> str:
+        return self.uri.rpartition("/")[2]
+
     def model(self, stage: str) -> str:
         """The stage's finished model in the diffusers layout."""
         return storage.join(self.uri, stage, "model")

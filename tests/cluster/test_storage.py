@@ -1,12 +1,14 @@
 """Storage: one behaviour for local folders and a real S3 protocol server; faults in words a stranger understands."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
 
-from cluster import storage
+from cluster import counters, storage
 from cluster.storage import NotFoundError, StorageError
+from tests.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.servers import free_port
 
 
@@ -156,3 +158,50 @@ def test_check_writable_says_so_before_the_work(place: str, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="File exists"):
         storage.check_writable(str(tmp_path / "file"))
+
+
+# --- requests that are sent again ---
+
+
+@pytest.fixture
+def proxy(bucket: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the storage and S3, which has the bucket."""
+    with fault_proxy(s3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        storage.forget_clients()
+        yield proxy
+
+
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.RESET])
+def test_requests_that_are_sent_again_are_counted(fault: Fault, proxy: FaultProxy, bucket: str) -> None:
+    """Those that boto3 sends again by itself: the first read and the first write fail."""
+    left = {"GET", "PUT"}
+
+    def fail_first(method: str, path: str) -> Fault | None:
+        is_first = method in left
+        left.discard(method)
+        return fault if is_first else None
+
+    proxy.decide = fail_first
+    before = counters.counted()
+    storage.write_bytes(f"{bucket}/x", b"0123")
+    assert storage.read_bytes(f"{bucket}/x") == b"0123"
+    assert storage.size(f"{bucket}/x") == 4
+    assert counters.counted() - before == {"storage_read_retries": 1, "storage_write_retries": 1}
+
+
+def test_a_read_that_breaks_off_is_counted_as_well(proxy: FaultProxy, bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", bytes(100_000))
+    proxy.decide = lambda method, path: None if proxy.faults else Fault.TRUNCATED
+    before = counters.counted()
+    assert storage.read_bytes(f"{bucket}/x") == bytes(100_000)
+    assert counters.counted() - before == {"storage_read_retries": 1}
+
+
+def test_retries_of_what_fails_in_the_end_count_too(proxy: FaultProxy, bucket: str) -> None:
+    proxy.decide = lambda method, path: Fault.RESET
+    before = counters.counted()
+    with pytest.raises(StorageError):
+        storage.write_bytes(f"{bucket}/x", b"0123")
+    assert counters.counted() - before == {"storage_write_retries": proxy.faults[Fault.RESET] - 1}
+    assert proxy.faults[Fault.RESET] > 1

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster import storage
+from cluster import counters, storage
 from cluster.errors import UserError
 from data_shards import Batch, Manifest, Settings, ShardStream, write_shards
 from data_shards.sample import derive_seed
@@ -175,8 +175,10 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_alike_everywhere(tmp_path: 
     """Shards may hold what this machine's decoder refuses; the place is filled the same way on any rank."""
     shards = shards_with_an_undecodable_sample(tmp_path)
     straight = stream(shards, num_workers=0, micro_batch_size=GLOBAL)
+    before = counters.counted()
     batches = [joined(step) for step in islice(straight.batches(), 3)]
     assert straight.replaced == 3  # once an epoch; three steps of eight are three epochs of eight
+    assert counters.counted() - before == {"replaced_samples": 3}
     assert all("bad" not in batch["keys"] for batch in batches)
     assert_same(batches, global_batches(shards, 3, 4, num_workers=2))
 

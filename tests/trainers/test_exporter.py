@@ -1,0 +1,142 @@
+"""What can be seen of a rank while it trains: its figures at Ray's metrics exporter, its lines in Ray's logs."""
+
+import json
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster import runtime, storage
+from cluster.tracking import Tracker
+from tests.fault_proxy import Fault, FaultProxy, fault_proxy
+from tests.trainers.test_launch import begin_with_vae, train, with_values
+from trainers.exporter import COUNTERS, GAUGES, PREFIX, RANK_GAUGES
+from trainers.launch import Progress
+from trainers.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+Exported = dict[str, dict[str, float]]
+"""Values by name, as Ray exports it, and rank; the rank is "" where there is none."""
+
+
+class AllIsSeen(Exception):  # noqa: N818 - what happened, not what went wrong
+    """Ends the training."""
+
+
+@pytest.fixture
+def faulty_s3(s3_shards: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """S3 with the shards, where each tenth read of one fails."""
+    reads: list[str] = []
+
+    def decide(method: str, path: str) -> Fault | None:
+        if method == "GET" and ".tar" in path:
+            reads.append(path)
+            if len(reads) % 10 == 0:
+                return Fault.SLOW_DOWN
+        return None
+
+    with fault_proxy(s3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        storage.forget_clients()
+        proxy.decide = decide
+        yield proxy
+
+
+def test_what_a_training_rank_shows(
+    recipe_document: dict[str, Any],
+    s3_shards: str,
+    faulty_s3: FaultProxy,
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exporter, logs and MLflow tell the same of two ranks that train until the exporter has had everything."""
+    recipe = with_values(
+        recipe_document,
+        data__shards=s3_shards,
+        cluster__num_workers=2,
+        denoiser__training__steps=100_000,
+        denoiser__training__checkpoint_every_steps=100_000,
+        denoiser__training__preview_every_steps=100_000,
+        tracking__register_as=None,
+    )
+    begin_with_vae(recipe, "seen")
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    seen: Exported = {}
+
+    with runtime.connect(min_cpus=3):
+        (node,) = ray.nodes()
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        logs = Path(node["RayletSocketName"]).parents[1] / "logs"
+
+        def look(progress: Progress) -> None:
+            seen.update(exported(url, run="seen", stage="denoiser"))
+            if is_complete(seen):
+                raise AllIsSeen
+
+        with pytest.raises(AllIsSeen):
+            train(recipe, "seen", look)
+        lines = [line for path in logs.glob("worker-*.err") for line in own_lines(path)]
+
+    folder = RunFolder.of(recipe, "seen")
+    tracker = Tracker(tracking_uri, (folder.mlflow_run() or {})["run_id"])
+    check_figures(seen, lambda name: dict(tracker.metric_history(f"denoiser/{name}")))
+    retries = seen["ray_medsynth_storage_read_retries_total"]
+    assert 0 < sum(retries.values()) <= faulty_s3.faults[Fault.SLOW_DOWN]
+
+    assert {line["rank"] for line in lines} == {0, 1}
+    for line in lines:
+        assert (line["run"], line["mlflow_run_id"], line["stage"]) == ("seen", tracker.run_id, "denoiser")
+        assert line["world_size"] == 2
+    assert [line["rank"] for line in lines if line["message"] == "the rank begins"] in ([0, 1], [1, 0])
+    told = {line["metrics"]["step"]: line["metrics"]["loss"] for line in lines if "metrics" in line}
+    assert told == dict(tracker.metric_history("denoiser/loss"))
+
+
+def exported(url: str, run: str, stage: str) -> Exported:
+    """What of medsynth's Ray's agent exports at this moment."""
+    found: Exported = {}
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        for family in text_string_to_metric_families(answer.read().decode()):
+            for sample in family.samples:
+                if sample.name.startswith(f"ray_{PREFIX}"):
+                    assert (sample.labels["run"], sample.labels["stage"]) == (run, stage)
+                    found.setdefault(sample.name, {})[sample.labels.get("rank", "")] = sample.value
+    return found
+
+
+def is_complete(seen: Exported) -> bool:
+    ranks = [set(seen.get(f"ray_{PREFIX}{name}", {})) for name in RANK_GAUGES]
+    return (
+        all(f"ray_{PREFIX}{name}" in seen for name in GAUGES)
+        and all(found == {"0", "1"} for found in ranks)
+        and "ray_medsynth_storage_read_retries_total" in seen
+    )
+
+
+def check_figures(seen: Exported, history: Callable[[str], dict[int, float]]) -> None:
+    """All that MLflow has of the stage was exported, with values that it has."""
+    assert seen.keys() <= {f"ray_{PREFIX}{n}" for n in [*GAUGES, *RANK_GAUGES]} | {
+        f"ray_{PREFIX}{name}_total" for name in COUNTERS
+    }
+    for name in GAUGES.keys() - {"step"}:
+        assert seen[f"ray_{PREFIX}{name}"].keys() == {""}
+        assert seen[f"ray_{PREFIX}{name}"][""] in history(name).values(), name
+    assert seen["ray_medsynth_step"][""] in history("loss")
+    for name in RANK_GAUGES:
+        by_rank = seen[f"ray_{PREFIX}{name}"]
+        assert by_rank["0"] in history(name).values()
+        assert 0 <= by_rank["1"] <= 1
+
+
+def own_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of medsynth's loggers in a file of Ray's, where others write too."""
+    found = []
+    for line in path.read_text().splitlines():
+        if line.startswith('{"time": '):
+            found.append(json.loads(line))
+    return found
