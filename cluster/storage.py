@@ -69,8 +69,9 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
             data = _get(_location(uri) | ranged)
         else:
             with _path(uri).open("rb") as file:
+                left = max(0, os.fstat(file.fileno()).st_size - start)  # room is made for all that is asked for
                 file.seek(start)
-                data = file.read(-1 if length is None else length)
+                data = file.read(-1 if length is None else min(length, left))
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ends early: asked for {length} bytes at {start}, got {len(data)}")
     return data
@@ -119,7 +120,8 @@ def size(uri: str) -> int:
 def exists(uri: str) -> bool:
     """Whether a file or object is at exactly `uri`."""
     if not is_remote(uri):
-        return _path(uri).is_file()
+        with _explained("read", uri):  # such as a name that is too long
+            return _path(uri).is_file()
     try:
         size(uri)
     except NotFoundError:

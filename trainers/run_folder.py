@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import yaml
 
 from cluster import storage
+from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from trainers.recipe import Recipe, dump_recipe
 
@@ -62,7 +63,7 @@ class RunFolder:
         run = self.mlflow_run()
         if run is None:
             return None
-        began_with = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "recipe.yaml")))
+        began_with = read_yaml(storage.join(self.uri, "recipe.yaml"))
         now = yaml.safe_load(dump_recipe(recipe))
         changed = [key for key in _differences(began_with, now) if not key.startswith("cluster.")]
         if changed:
@@ -77,8 +78,9 @@ class RunFolder:
         marker = storage.join(self.uri, "run.json")
         if not storage.exists(marker):
             return None
-        run: dict[str, str] = json.loads(storage.read_bytes(marker))
-        return run
+        document = read_json(marker)
+        with parsing(marker):
+            return {key: str(document[key]) for key in ("run_id", "tracking_uri")}
 
     @property
     def _stop_file(self) -> str:
