@@ -26,6 +26,7 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from cluster import runtime, storage
+from cluster.checksums import checksums
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
@@ -432,7 +433,7 @@ def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.tr
     """The finished checkpoint as a model in the diffusers layout, in the run's folder."""
     with _exported(recipe, stage, run, checkpoint) as folder:
         storage.upload_folder(folder, run.model(stage))
-    run.mark_complete(stage)
+        run.mark_complete(stage, checksums([folder]))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from cluster.registry import RegisteredModel, model_folder
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, finished_model
 
 SAMPLING_TAG = "sampling."
 SAMPLING_TYPES = {"guidance_scale": float, "true_cfg_scale": float, "num_inference_steps": int, "sampler": str}
@@ -72,10 +72,10 @@ def open_model(uri: str) -> Iterator[ModelSource]:
         stage = family_of(load_recipe(storage.join(place, "recipe.yaml"))).STAGES[-1]
         if not run.has_model(stage):
             raise UserError(f"{uri} has no finished model yet; name one of its checkpoints, {uri}/{stage}/step-…")
-        with storage.local_folder(run.model(stage)) as folder:
+        with finished_model(run.model(stage)) as folder:
             yield ModelSource(folder, place.rpartition("/")[2], _run_id(place))
     else:
-        with storage.local_folder(place) as folder:
+        with finished_model(place) as folder:
             yield ModelSource(folder, place, None)
 
 
