@@ -113,6 +113,7 @@ def test_a_database_password_is_not_shown() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four trainings, of which two begin no more than Ray
 def test_a_training_leaves_no_secret_behind(
     recipe_document: dict[str, Any],
     s3_shards: str,
