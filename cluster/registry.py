@@ -19,11 +19,15 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 
 from cluster import storage
+from cluster.checksums import SUMS, check_folder, checksums, digest_of
 from cluster.errors import UserError, did_you_mean
 from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
 
 MODEL_FOLDER = "model"
 CODE_FOLDER = "code"
+DIGEST_TAG = "sha256sums"
+"""Of a version: the digest of its file SHA256SUMS."""
+MLFLOW_META = "registered_model_meta"  # which MLflow adds to copies that it serves
 LOCK = ".promoting"
 """Ending of the registered model that exists while an alias of the model without the ending is moved."""
 
@@ -31,7 +35,8 @@ LOCK = ".promoting"
 @contextmanager
 def model_folder(uri: str) -> Iterator[Path]:
     """A local folder with a model: models:/NAME/VERSION, models:/NAME/latest, models:/NAME@ALIAS, runs:/ID/model,
-    or a folder or s3:// prefix. Raises UserError if there is no such model, naming those there are."""
+    or a folder or s3:// prefix. Raises UserError if there is no such model, naming those there are, or if its files are
+    not those that were registered."""
     if not uri.startswith(("models:/", "runs:/")):
         with storage.local_folder(uri) as folder:
             yield folder
@@ -40,24 +45,48 @@ def model_folder(uri: str) -> Iterator[Path]:
     client = connect(tracking_uri)
     with tempfile.TemporaryDirectory() as temporary:
         with explained(tracking_uri, uri):
-            source = _find(client, uri).source if uri.startswith("models:/") else artifact_uri(client, uri)
+            version = _find(client, uri) if uri.startswith("models:/") else _latest_of(client, uri)
+            source = version.source if version else artifact_uri(client, uri)
             downloaded = mlflow.artifacts.download_artifacts(
                 artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
             )
+        if version is not None:
+            check_registered(Path(downloaded), version.tags, uri)
         yield Path(downloaded)
+
+
+def check_registered(folder: Path, tags: Mapping[str, str], uri: str) -> None:
+    """Raise UserError, which calls it `uri`, unless a copy of a version with these tags is as it was registered.
+
+    Of a version from before digests were recorded nothing is known, and nothing is refused.
+    """
+    if DIGEST_TAG not in tags:
+        return
+    path = folder / SUMS
+    sums = path.read_text(errors="replace") if path.is_file() else ""
+    if digest_of(sums) != tags[DIGEST_TAG]:
+        raise UserError(
+            f"{uri} is not what was registered: {SUMS} has SHA-256 {digest_of(sums)}, expected {tags[DIGEST_TAG]}: "
+            "restore its files, or register it again"
+        )
+    check_folder(folder, sums, uri, ignoring=(SUMS, MLFLOW_META))
 
 
 def register(tracker: Tracker, folders: Sequence[Path], *, name: str, tags: Mapping[str, str]) -> int:
     """Upload what is in `folders` to the run as one model, and make it the next version of a registered model.
 
-    A run has one version of a name: asked again, it returns that, so what was cut off may be repeated.
+    A run has one version of a name: asked again, it returns that, so what was cut off may be repeated. The digests of
+    the files are uploaded with them, and their own is a tag of the version: `model_folder` and serving check them.
     """
     client = tracker.client
     with explained(tracker.tracking_uri):
         if known := client.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'"):
             return int(known[0].version)
+        sums = checksums(folders)
         for folder in folders:
             tracker.log_folder(folder, MODEL_FOLDER)
+        tracker.log_text(sums, f"{MODEL_FOLDER}/{SUMS}")
+        tags = {**tags, DIGEST_TAG: digest_of(sums)}
         with _known_is_fine():
             client.create_registered_model(name)
         source = artifact_uri(client, f"runs:/{tracker.run_id}/{MODEL_FOLDER}")
@@ -246,6 +275,13 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
         there = ", ".join(str(number) for number in sorted(by_number))
         raise UserError(f"model '{name}' has no version {version}: there are {there}")
     return by_number[int(version)]
+
+
+def _latest_of(client: MlflowClient, uri: str) -> ModelVersion | None:
+    """The latest version that runs:/ID/model became."""
+    run_id, _, path = uri.removeprefix("runs:/").partition("/")
+    found = client.search_model_versions(f"run_id = '{run_id}'") if path == MODEL_FOLDER else []
+    return max(found, key=lambda version: int(version.version), default=None)
 
 
 def _version(found: ModelVersion) -> Version:

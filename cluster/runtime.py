@@ -5,13 +5,14 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import ray
 import ray.util
 from ray import PlacementGroupID
+from ray._private import ray_constants
 from ray._raylet import (  # type: ignore[attr-defined]  # its stub lacks them
     GCS_AUTOSCALER_STATE_NAMESPACE,
     GCS_AUTOSCALER_V2_ENABLED_KEY,
@@ -47,7 +48,7 @@ def connect(min_cpus: int) -> Iterator[None]:
     """Be connected to Ray inside the block.
 
     With RAY_ADDRESS set, to that cluster. Else a cluster is started inside this process and ended with the
-    block; it offers at least `min_cpus`, even where the machine has fewer cores.
+    block; it offers at least `min_cpus`, even where the machine has fewer cores, and listens on 127.0.0.1 alone.
 
     Raises UserError, within seconds, when RAY_ADDRESS names no cluster.
     """
@@ -60,23 +61,42 @@ def connect(min_cpus: int) -> Iterator[None]:
         # Nobody drains one's own machine: Ray Train need not start a process that watches for it with every stage.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if address != "local":
-            _check_answers(address)
-            forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-            ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
-        else:
-            num_cpus = max(min_cpus, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
-            "start it with 'ray start --head', or unset RAY_ADDRESS to run on this machine alone"
-        ) from None
+    with ExitStack() as own:
+        try:
+            if address != "local":
+                _check_answers(address)
+                forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+                ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
+            else:
+                own.enter_context(_this_machine_alone())
+                num_cpus = max(min_cpus, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
+                "start it with 'ray start --head', or unset RAY_ADDRESS to run on this machine alone"
+            ) from None
+        own.callback(ray.shutdown)
+        yield
+
+
+@contextmanager
+def _this_machine_alone() -> Iterator[None]:
+    """A Ray that is started inside the block listens on 127.0.0.1.
+
+    Else it takes an address that other machines reach, and listens on all, whatever it is told. What says so is read
+    from the environment when Ray is imported, by the processes that it starts too.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    variable = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if variable is not None:
+            os.environ[name] = variable
 
 
 def _check_answers(address: str) -> None:

@@ -70,8 +70,9 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
             data = _get(_location(uri) | ranged)
         else:
             with _path(uri).open("rb") as file:
+                left = max(0, os.fstat(file.fileno()).st_size - start)  # room is made for all that is asked for
                 file.seek(start)
-                data = file.read(-1 if length is None else length)
+                data = file.read(-1 if length is None else min(length, left))
     if length is not None and len(data) != length:
         raise StorageError(f"{uri} ends early: asked for {length} bytes at {start}, got {len(data)}")
     return data
@@ -121,7 +122,8 @@ def size(uri: str) -> int:
 def exists(uri: str) -> bool:
     """Whether a file or object is at exactly `uri`."""
     if not is_remote(uri):
-        return _path(uri).is_file()
+        with _explained("read", uri):  # such as a name that is too long
+            return _path(uri).is_file()
     try:
         size(uri)
     except NotFoundError:
@@ -215,6 +217,7 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         scheme=endpoint.scheme,
         endpoint_override=None if endpoint.netloc.endswith("amazonaws.com") else endpoint.netloc,
         force_virtual_addressing=False,
+        tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE"),  # which boto3 reads by itself
     )
     return filesystem, f"{location['Bucket']}/{location['Key']}".rstrip("/")
 
@@ -278,17 +281,18 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
-    except OSError as error:
-        raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from None
-    except (ClientError, BotoCoreError, Boto3Error) as error:
+    except (ClientError, BotoCoreError, Boto3Error) as error:  # of which one is an OSError too
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
         if code in ("404", "NoSuchKey", "NotFound"):
             raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
         reason = _REMEDIES.get(code, str(error).splitlines()[0])
         raise StorageError(f"cannot {verb} {uri}: {reason}") from None
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from None
 
 
 _REMEDIES = {
+    "SSLError": "its certificate is not to be trusted: set AWS_CA_BUNDLE to the file of the authority that signed it",
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",
     "NoCredentialsError": "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "EndpointConnectionError": "no server answers; check AWS_ENDPOINT_URL and the network",

@@ -6,6 +6,7 @@ Always a client with a run id, never MLflow's global run: several processes writ
 import io
 import os
 import re
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cluster.errors import UserError
 
@@ -34,13 +35,22 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 # MLflow refuses larger batches, longer values and longer digests.
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
+CERTIFICATES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")  # as MLflow and requests read them
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
 SQLITE = "sqlite:///"
+URI, LOGIN = "MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 def default_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in this folder; SQLite paths are made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    """MLFLOW_TRACKING_URI, or a SQLite file in this folder; SQLite paths are made absolute.
+
+    A login in an http(s) URI is moved to the variables that MLflow reads one from: it quotes its URI in its errors.
+    """
+    uri = os.environ.get(URI) or f"{SQLITE}mlflow.db"
+    if uri.startswith("http") and (login := urlsplit(uri)).username:
+        uri = without_secrets(uri)
+        password = unquote(login.password or "")
+        os.environ.update(zip((URI, *LOGIN), (uri, unquote(login.username), password), strict=True))
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
 
 
@@ -52,9 +62,19 @@ class TrackingError(UserError):
 class Tracker:
     """One MLflow run. May be sent to other processes, where it goes on writing to the same run."""
 
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # that of a database may hold a password
     run_id: str
     _last_steps: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With this process's login, for one that has none; it travels, and is in nothing that is written."""
+        return {**vars(self), "login": {name: os.environ[name] for name in LOGIN if name in os.environ}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        login = state.pop("login")
+        if not any(name in os.environ for name in LOGIN):
+            os.environ.update(login)
+        vars(self).update(state)
 
     @classmethod
     def start(
@@ -233,17 +253,37 @@ def connect(tracking_uri: str) -> MlflowClient:
     """A client, after one quick question to the server: mlflow itself would ask for minutes before it gives up."""
     if tracking_uri.startswith("http"):
         try:
-            urllib.request.urlopen(f"{without_secrets(tracking_uri)}/health", timeout=10).close()
+            health = f"{without_secrets(tracking_uri)}/health"
+            urllib.request.urlopen(health, timeout=10, context=_trust(tracking_uri)).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):  # asked again below, with credentials
                 raise TrackingError(f"{without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise TrackingError(
+                    f"the certificate of {without_secrets(tracking_uri)} is not to be trusted "
+                    f"({reason.verify_message}): set {CERTIFICATES[0]} to the file of the authority that signed it"
+                ) from None
             raise TrackingError(
                 f"no MLflow server answers at {without_secrets(tracking_uri)} ({reason}): "
                 "start it, or mend MLFLOW_TRACKING_URI"
             ) from None
     return MlflowClient(tracking_uri)
+
+
+def _trust(tracking_uri: str) -> ssl.SSLContext | None:
+    """Whom MLflow itself trusts, by its own variables."""
+    if not tracking_uri.startswith("https"):
+        return None
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        return ssl._create_unverified_context()
+    name = next((name for name in CERTIFICATES if os.environ.get(name)), CERTIFICATES[0])
+    file = os.environ.get(name)
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:  # as is ssl.SSLError, of a file that holds none
+        raise TrackingError(f"{name}={file} holds no certificates ({error.strerror or error}): mend it") from None
 
 
 def artifact_uri(client: MlflowClient, uri: str) -> str:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from cluster import storage
 from cluster.digests import file_digest
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 
 PACKAGE_SCHEME = "package://"
@@ -61,12 +62,15 @@ def file_names(pretrained: str, patterns: Sequence[str]) -> list[str]:
 def component_config(pretrained: str, component: str) -> dict[str, Any]:
     """A component's config.json. Raises UserError if it has none."""
     with local_weights(pretrained, [f"{component}/config.json"]) as folder:
+        uri = str(folder / component / "config.json")
         try:
-            config: dict[str, Any] = json.loads((folder / component / "config.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+            config = read_json(uri)
+        except storage.StorageError:
             raise UserError(
                 f"'{pretrained}' has no {component}/config.json: is it a model in the diffusers layout?"
             ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{component}/config.json of '{pretrained}' holds no settings: fetch it again")
     return config
 
 
@@ -115,7 +119,9 @@ def _weight_names(pretrained: str, component: str) -> list[str]:
         for stem in WEIGHT_STEMS:
             index = folder / component / f"{stem}.safetensors.index.json"
             if index.is_file():
-                names = list(dict.fromkeys(json.loads(index.read_bytes())["weight_map"].values()))
+                document = read_json(str(index))
+                with parsing(f"{index.name} of '{pretrained}'"):
+                    names = list(dict.fromkeys(map(str, document["weight_map"].values())))
                 for name in names:
                     if PurePosixPath(name).name != name:
                         raise UserError(f"{index.name} of '{pretrained}' names '{name}', which is outside its folder")

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # an image of more is a decompression bomb or belongs into tiles
+# Pillow knows more, of which some start another program (EPS, Ghostscript) or are read by few and tested by fewer.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
 
 class ImageError(Exception):
@@ -22,19 +24,29 @@ def open_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"too large: {image.width} x {image.height} pixels")
             image.load()
             return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ImageError(f"unreadable: {reason}") from None
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("unreadable: not an image") from None
+    except Exception as error:  # Pillow's decoders raise struct.error, IndexError and others for damaged files
+        raise ImageError(f"unreadable: {error or type(error).__name__}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB. Grey is repeated in each channel; 16-bit grey is stretched from its darkest to its brightest
-    value; CMYK and palettes are converted; transparency is laid on black."""
+    value; CMYK and palettes are converted; transparency is laid on black. Raises ImageError for what has no RGB."""
+    try:
+        return _to_rgb(image)
+    except ValueError as error:
+        raise ImageError(f"unreadable: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":

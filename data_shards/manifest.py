@@ -3,14 +3,18 @@
 import hashlib
 import json
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster import storage
+from cluster.documents import read_small
 from cluster.errors import UserError, nearest
 
 MANIFEST = "manifest.json"
+MAX_BYTES = 2**30  # some ten million samples
+FileName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
+"""Of a file beside the document that names it: what it says is read, and at times deleted."""
 
 
 class SampleEntry(NamedTuple):
@@ -25,11 +29,18 @@ class SampleEntry(NamedTuple):
 class ShardEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: FileName
     split: str
     num_bytes: int
     sha256: str
     samples: tuple[SampleEntry, ...]
+
+    @model_validator(mode="after")
+    def _samples_lie_within(self) -> Self:
+        for sample in self.samples:
+            if sample.offset < 0 or sample.length <= 0 or sample.offset + sample.length > self.num_bytes:
+                raise ValueError(f"sample '{sample.key}' lies outside its shard")
+        return self
 
     @property
     def num_samples(self) -> int:
@@ -82,7 +93,7 @@ class Manifest(BaseModel):
         """Read the manifest of the shards at `shards_uri`. Raises UserError if it is missing or damaged."""
         uri = storage.join(shards_uri, MANIFEST)
         try:
-            return cls.model_validate_json(storage.read_bytes(uri))
+            return cls.model_validate_json(read_small(uri, MAX_BYTES))
         except storage.NotFoundError:
             raise UserError(
                 f"no shards at {shards_uri}: {MANIFEST} is not there; write them with 'medsynth shards write'"

@@ -26,13 +26,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.weights import component_digest, local_weights
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry
 from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
-from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
-from data_shards.stream import Encoded, prefetched, read_samples
+from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
+from data_shards.stream import Encoded, encoded_image, prefetched, read_samples
 from data_shards.writer import write_tar
 
 logger = logging.getLogger(__name__)
@@ -244,12 +245,14 @@ def _made_of(*parts: Any) -> str:
 
 def _noted(out: str, name: str, made_of: str, kind: type[P]) -> P | None:
     """What the note beside a finished file says, if the file was made of the same."""
+    note_uri = storage.join(out, _note(name))
     try:
-        note = json.loads(storage.read_bytes(storage.join(out, _note(name))))
+        note = read_json(note_uri)
         storage.size(storage.join(out, name))
     except storage.NotFoundError:
         return None
-    return kind.model_validate(note["piece"]) if note["made_of"] == made_of else None
+    with parsing(f"{note_uri} (remove it to have {name} written again)"):
+        return kind.model_validate(note["piece"]) if note["made_of"] == made_of else None
 
 
 def _make(out: str, name: str, made_of: str, make: Callable[[], P]) -> P:
@@ -317,9 +320,8 @@ def _with_moments(job: Job, vae: Any, shard: ShardEntry) -> Iterator[tuple[Encod
 
 def _decoded(job: Job, shard: ShardEntry) -> Iterator[tuple[list[Encoded], list[Tensor | None]]]:
     def decoded(sample: Encoded) -> Tensor | None:
-        data = next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members)
         try:
-            return decode(data, job.settings.resolution)
+            return decode(encoded_image(sample), job.settings.resolution)
         except ImageError as error:
             logger.warning("sample %s of %s has no moments: %s", sample.key, job.shards, error)
             return None

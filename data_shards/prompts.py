@@ -10,15 +10,17 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from cluster import storage
+from cluster.documents import read_small
 from cluster.errors import UserError
+from data_shards.manifest import MAX_BYTES, FileName
 
 INDEX = "prompts.json"
 FETCH_THREADS = 4
@@ -39,13 +41,21 @@ class PromptEntry(NamedTuple):
 class PromptFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: FileName
     num_bytes: int
     sha256: str
-    max_tokens: int
-    embedding_dim: int
-    pooled_dim: int
+    max_tokens: int = Field(gt=0)
+    embedding_dim: int = Field(gt=0)
+    pooled_dim: int = Field(gt=0)
     prompts: tuple[PromptEntry, ...]
+
+    @model_validator(mode="after")
+    def _prompts_lie_within(self) -> Self:
+        num_bytes = (self.max_tokens * self.embedding_dim + self.pooled_dim) * torch.bfloat16.itemsize
+        for entry in self.prompts:
+            if entry.length != num_bytes or not 0 <= entry.offset <= self.num_bytes - num_bytes:
+                raise ValueError(f"the embeddings of '{entry.prompt}' lie outside their file")
+        return self
 
 
 class PromptIndex(BaseModel):
@@ -61,7 +71,7 @@ class PromptIndex(BaseModel):
         """Raises UserError if there is no index or it is damaged."""
         uri = storage.join(precomputed_uri, INDEX)
         try:
-            return cls.model_validate_json(storage.read_bytes(uri))
+            return cls.model_validate_json(read_small(uri, MAX_BYTES))
         except storage.NotFoundError:
             raise UserError(f"no prompt embeddings at {precomputed_uri}: {INDEX} is not there") from None
         except ValidationError:

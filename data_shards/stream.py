@@ -8,6 +8,8 @@ Shards of images and precomputed sets, which hold latent moments in their place,
 import io
 import json
 import logging
+import math
+import tarfile
 import zlib
 from bisect import bisect_right
 from collections import deque
@@ -22,9 +24,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from cluster import counters, storage
+from cluster.documents import parsing
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, Precomputed, ShardEntry
@@ -97,6 +100,8 @@ class ShardStream:
         self._first_index = [0]
         for shard in self._shards:
             self._first_index.append(self._first_index[-1] + shard.num_samples)
+        if not self.num_samples:
+            raise UserError(f"{shards_uri} has no samples in its split '{split}'")
         self._plan = Plan(
             counts=tuple(shard.num_samples for shard in self._shards),
             digest=manifest.order_digest,
@@ -203,8 +208,10 @@ class ShardStream:
         return read_samples(self._uri, shard, stretch.start, stretch.stop, first_index=first)
 
     def _batch(self, opened: Sequence[tuple[Encoded, Tensor]], seeds: list[int], flipped: list[bool]) -> Batch:
+        with parsing(f"a batch of {self._uri}"):  # moments may be of several shapes
+            inputs = torch.stack([tensor for _, tensor in opened])
         return Batch(
-            inputs=torch.stack([tensor for _, tensor in opened]),
+            inputs=inputs,
             captions=[
                 sample.captions[derive_seed(seed, "caption") % len(sample.captions)]
                 for (sample, _), seed in zip(opened, seeds, strict=True)
@@ -272,7 +279,7 @@ def _opener(uri: str, precomputed: Precomputed | None, resolution: int, horizont
 
 
 def _image(sample: Encoded, mirrored: bool, *, resolution: int) -> Tensor:
-    image = decode(next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members), resolution)
+    image = decode(encoded_image(sample), resolution)
     return image.flip(-1) if mirrored else image
 
 
@@ -281,13 +288,55 @@ def _moments(sample: Encoded, mirrored: bool) -> Tensor:
         data = sample.members[MIRRORED_MOMENTS_MEMBER if mirrored else MOMENTS_MEMBER]
     except KeyError:
         raise ImageError("its image could not be decoded when the set was precomputed") from None
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    return _array(data)
 
 
-def _expand(data: bytes, uri: str) -> Iterator[dict[str, Any]]:
-    """Samples as WebDataset reads them: one dictionary of members by extension for each key."""
-    members: Iterator[dict[str, Any]] = group_by_keys(tar_file_expander([{"url": uri, "stream": io.BytesIO(data)}]))
-    return members
+def encoded_image(sample: Encoded) -> bytes:
+    """Raises ImageError if the sample has none."""
+    for name in IMAGE_MEMBERS:
+        if name in sample.members:
+            return sample.members[name]
+    raise ImageError(f"the sample has no {' or '.join(IMAGE_MEMBERS)}")
+
+
+def _array(data: bytes) -> Tensor:
+    """A member of moments, float32 [2C, h, w]. Raises ImageError for anything else; NumPy would make room for all that
+    a header claims, and open zip archives."""
+    file = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:
+        raise ImageError(f"its moments are damaged: {error}") from None
+    values = data[file.tell() :]
+    is_whole = min(shape, default=0) > 0 and math.prod(shape) * dtype.itemsize == len(values)
+    if dtype != np.float32 or is_fortran or len(shape) != 3 or not is_whole:
+        raise ImageError(f"its moments are damaged: {dtype} {list(shape)} in {len(values)} bytes")
+    return torch.frombuffer(bytearray(values), dtype=torch.float32).view(shape)
+
+
+def _expand(data: bytes) -> Iterator[dict[str, Any]]:
+    """Samples as WebDataset names them: one dictionary of members by extension for each key."""
+    files = ({"fname": name, "data": content, "__url__": ""} for name, content in _files(data))
+    samples: Iterator[dict[str, Any]] = group_by_keys(files)
+    return samples
+
+
+def _files(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in a part of a tar. Raises ValueError for what takes no space there.
+
+    Links lead elsewhere, a sparse file may claim terabytes of zeros in a few bytes, and a size below zero leads
+    tarfile back to where it was, for ever. WebDataset's own reader takes all of these, and compressed tars.
+    """
+    end = 0
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"'{member.name}' is no plain file")
+            if member.size < 0 or member.offset_data < end or member.offset_data + member.size > len(data):
+                raise ValueError(f"'{member.name}' claims {member.size} bytes, which are not there")
+            end = member.offset_data + member.size
+            yield member.name, data[member.offset_data : end]
 
 
 def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -318,10 +367,19 @@ def read_samples(
                 f"{uri} is damaged at sample '{entry.key}': CRC-32 {found:08x}, the manifest says "
                 f"{entry.crc32:08x}; write the shards again, or fetch them again"
             )
-    return [
-        Encoded(first_index + i, members["__key__"], members, json.loads(members[ABOUT_MEMBER])["captions"])
-        for i, members in enumerate(_expand(data, uri))
-    ]
+    with parsing(f"{uri}, though its bytes are those of the manifest,"):
+        samples = [_encoded(first_index + i, members) for i, members in enumerate(_expand(data))]
+    if [sample.key for sample in samples] != [entry.key for entry in entries]:
+        raise UserError(f"{uri} holds other samples than the manifest says: write the shards again")
+    return samples
+
+
+def _encoded(index: int, members: Mapping[str, Any]) -> Encoded:
+    """Raises ValueError, KeyError or TypeError if it has no captions."""
+    captions = json.loads(members[ABOUT_MEMBER])["captions"]
+    if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"sample '{members['__key__']}' has no captions")
+    return Encoded(index, members["__key__"], members, captions)
 
 
 def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
@@ -331,7 +389,7 @@ def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
         for number, entry in enumerate(shard.samples):
             if entry.key in wanted:
                 [sample] = read_samples(shards_uri, shard, number, number + 1)
-                found[entry.key] = next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members)
+                found[entry.key] = encoded_image(sample)
     if missing := sorted(wanted - found.keys()):
         raise UserError(f"{shards_uri} has no sample '{missing[0]}'")
     return found

@@ -22,7 +22,7 @@ from webdataset.writer import TarWriter
 
 from cluster import storage
 from cluster.errors import UserError
-from data_shards.decode import ImageError, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, open_image, to_rgb
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
 from data_shards.sample import Record, derive_seed
 
@@ -199,13 +199,16 @@ def _check(record: Record) -> Checked | BadInputError:
         uri = _locate(record)
         data = storage.read_bytes(uri)
         image = open_image(data)
+        conversion = _conversion(image, data)
+        if conversion:
+            to_rgb(image)
     except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
     except storage.StorageError as problem:
         if storage.is_remote(record.folder):
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
-    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), _conversion(image, data))
+    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion)
 
 
 def _locate(record: Record) -> str:
@@ -234,7 +237,7 @@ def _key(source_id: str) -> str:
 
 
 def _conversion(image: Image.Image, data: bytes) -> str | None:
-    kind = Image.open(io.BytesIO(data))
+    kind = Image.open(io.BytesIO(data), formats=FORMATS)
     if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
         return None
     if kind.mode.startswith("I"):
@@ -329,7 +332,7 @@ def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
 
 def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, bytes]:
     """The image as it came if it is a plain JPEG or PNG of the wanted size, else as a lossless 8-bit RGB PNG."""
-    kind = Image.open(io.BytesIO(data))
+    kind = Image.open(io.BytesIO(data), formats=FORMATS)
     shrinks = resize is not None and min(kind.size) > resize
     if sample.conversion is None and not shrinks:
         return PASSED_THROUGH[str(kind.format), kind.mode], data

@@ -9,7 +9,6 @@ OUT/settings/NAME/     a setting's samples/ and shares/, as an evaluation has th
 OUT/sweep.json         the document; front.png and grid.png are its pictures
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
 from cluster.registry import RegisteredModel
@@ -410,7 +410,11 @@ def _measured_uri(out: str, name: str) -> str:
 def _known(out: str, name: str) -> SettingResult | None:
     """What an earlier call measured."""
     uri = _measured_uri(out, name)
-    return SettingResult(**json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    document = read_json(uri)
+    with parsing(uri):
+        return SettingResult(**document)
 
 
 def _grid(sweep: GuidanceSweep, out: str) -> Figure:

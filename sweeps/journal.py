@@ -18,6 +18,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from sweeps.spec import SweepSpec, Trial, dump_spec, load_spec
 from trainers.recipe import Recipe, dump_recipe
@@ -118,7 +119,12 @@ class Journal:
         """All that began, in the order of their numbers; those that were cut off are still 'running'."""
         folder = storage.join(self.uri, "trials")
         names = [name for name in storage.list_files(folder) if name.endswith(".json")]
-        found = [json.loads(storage.read_bytes(storage.join(folder, name))) for name in names]
-        for fields in found:  # JSON's keys are words
-            fields["intermediate"] = {int(step): value for step, value in fields["intermediate"].items()}
-        return sorted((Trial(**fields) for fields in found), key=lambda trial: trial.number)
+        trials = []
+        for name in names:
+            uri = storage.join(folder, name)
+            fields = read_json(uri)
+            with parsing(uri):
+                # JSON's keys are words.
+                fields["intermediate"] = {int(step): value for step, value in fields["intermediate"].items()}
+                trials.append(Trial(**fields))
+        return sorted(trials, key=lambda trial: trial.number)

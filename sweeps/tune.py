@@ -56,7 +56,7 @@ from trainers.launch import (
 )
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
-from trainers.run_folder import COMPLETE, RunFolder
+from trainers.run_folder import COMPLETE, RunFolder, finished_model
 
 CANDIDATE = "candidate"
 ENDED = "medsynth.ended"  # tag of a trial's run: why it was not trained to its end
@@ -603,8 +603,8 @@ def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:
     """Give a run the finished model of another's stage, so that it is not trained again."""
     if target.has_model(stage):
         return
-    with storage.local_folder(source.model(stage)) as folder:
+    with finished_model(source.model(stage)) as folder:
         for path in folder.rglob("*"):
             if path.is_file() and path.name != COMPLETE:
                 storage.upload_file(path, storage.join(target.model(stage), path.relative_to(folder).as_posix()))
-    target.mark_complete(stage)
+        target.mark_complete(stage, (folder / COMPLETE).read_text())

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from cluster import storage
+from cluster.tracking import LOGIN
 from data_shards import Settings, write_shards
 from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
@@ -103,6 +104,14 @@ def mlflow_server(empty_mlflow_database: Path, tmp_path_factory: pytest.TempPath
     shutil.copy(empty_mlflow_database, folder / "mlflow.db")
     with servers.mlflow_server(folder) as uri:
         yield uri
+
+
+@pytest.fixture(autouse=True)
+def _own_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login that a tracking URI brings along is moved to the environment, and goes with the test."""
+    for name in LOGIN:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,20 @@ every random draw and the learning rate.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
+from cluster.storage import NotFoundError
 from trainers.ema import EMA, trained_state
 from trainers.sharded_checkpoint import mismatches
+from trainers.tensor_files import load_pickled, load_tensors
 
 
 def save(folder: Path, *, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
@@ -36,32 +40,50 @@ def save(folder: Path, *, step: int, model: nn.Module, ema: EMA, optimizer: torc
 def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     """Restore what `save` wrote, in place, and return its step.
 
-    Raises UserError when the folder is no checkpoint or belongs to another model.
+    Raises UserError when the folder is no checkpoint, is damaged or belongs to another model.
     """
     state = _read_state(folder)
-    weights, trained = safetensors.torch.load_file(folder / "model.safetensors"), trained_state(model)
-    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (trained, weights)]
-    if differing := mismatches(expected=shapes[0], found=shapes[1]):
-        raise UserError(f"checkpoint {folder} belongs to another model: {differing}")
-    for name, value in weights.items():
-        trained[name].copy_(value)
-    for name, value in safetensors.torch.load_file(folder / "ema.safetensors").items():
-        ema.average[name].copy_(value)
-    ema.num_updates = int(state["ema_updates"])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-    return int(state["step"])
+    _fill(folder, trained_state(model), load_tensors(folder / "model.safetensors"))
+    _fill(folder, ema.average, load_tensors(folder / "ema.safetensors"))
+    ema.num_updates = state["ema_updates"]
+    path = folder / "optimizer.pt"
+    document = load_pickled(path)
+    with parsing(str(path)):
+        _check_moments(document["state"], optimizer)
+        optimizer.load_state_dict(document)
+    return state["step"]
 
 
 def load_averaged_weights(folder: Path, model: nn.Module) -> int:
     """Put a checkpoint's moving-average weights into `model` and return the checkpoint's step."""
     state = _read_state(folder)
-    model.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-    return int(state["step"])
+    with parsing(str(folder)):
+        model.load_state_dict(load_tensors(folder / "ema.safetensors"))
+    return state["step"]
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _fill(folder: Path, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (own, found)]
+    if differing := mismatches(expected=shapes[0], found=shapes[1]):
+        raise UserError(f"checkpoint {folder} belongs to another model: {differing}")
+    for name, value in found.items():
+        own[name].copy_(value)
+
+
+def _check_moments(state: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for moments of other shapes than their weights': the optimizer would take them."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape not in ((), weights[number].shape):
+                raise ValueError(f"{name} of weight {number} is {list(value.shape)}")
+
+
+def _read_state(folder: Path) -> dict[str, int]:
+    uri = str(folder / "state.json")
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except FileNotFoundError:
+        state = read_json(uri)
+    except NotFoundError:
         raise UserError(f"{folder} is not a complete checkpoint: state.json is not there") from None
-    return state
+    with parsing(uri):
+        return {name: int(state[name]) for name in ("step", "ema_updates")}

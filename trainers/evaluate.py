@@ -62,7 +62,7 @@ from trainers.fidelity.measures import (
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
 from trainers.generate import Drawing, default_device, drawing_of, is_model
-from trainers.model_source import open_model, pinned
+from trainers.model_source import noted_run, open_model, pinned
 from trainers.recipe import Recipe
 
 T = TypeVar("T")
@@ -264,7 +264,7 @@ def record_evaluation(evaluation: Evaluation, out: str) -> Tracker:
     Recorded already on this server, it is not recorded again.
     """
     marker = storage.join(out, "mlflow.json")
-    if storage.exists(marker) and (known := find_run(json.loads(storage.read_bytes(marker))["run_id"])):
+    if (run_id := noted_run(marker)) and (known := find_run(run_id)):
         return known
     parent = find_run(evaluation.model.run_id) if evaluation.model.run_id else None
     tags = {KIND: EVALUATION_KIND, "model": evaluation.model.uri, "evaluation_folder": storage.absolute(out)}

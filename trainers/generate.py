@@ -1,20 +1,19 @@
 """From a saved model to PNG files, for every family."""
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, PngImagePlugin
 from transformers.utils import logging as transformers_logging
 
 from cluster import storage
+from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from cluster.weights import local_weights
 from data_shards import derive_seed
@@ -98,14 +97,16 @@ def load_pipeline(
     device = device or default_device()
     # FLUX was published in bf16 and takes 24 GB so; a CPU is slow in it and exact in fp32.
     precision = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16}
-    if (folder / ADAPTERS).is_file():
-        with local_weights(_recipe(folder)["pretrained"], PIPELINE_FILES) as base:
-            pipeline = FluxPipeline.from_pretrained(base, **precision)
-        pipeline.load_lora_weights(folder)
-    elif drawing.family == "flux":
-        pipeline = FluxPipeline.from_pretrained(folder, **precision)
-    else:
-        pipeline = MSDMPipeline.from_pretrained(folder)
+    # Pickled weights beside or in place of the others are never taken.
+    with parsing(f"the model {name}"):
+        if (folder / ADAPTERS).is_file():
+            with local_weights(_recipe(folder)["pretrained"], PIPELINE_FILES) as base:
+                pipeline = FluxPipeline.from_pretrained(base, use_safetensors=True, **precision)
+            pipeline.load_lora_weights(folder, weight_name=ADAPTERS)
+        elif drawing.family == "flux":
+            pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True, **precision)
+        else:
+            pipeline = MSDMPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return Model(pipeline.to(device), drawing)
 
@@ -128,14 +129,16 @@ def _own_drawing(folder: Path, name: str) -> Drawing:
     if not is_model(folder):
         raise UserError(f"{name} holds no diffusers pipeline: {INDEX} is not there")
     if (folder / ADAPTERS).is_file():
-        return _flux_drawing(_recipe(folder))
-    index = json.loads((folder / INDEX).read_text())
-    kind = index["_class_name"]
-    kind = kind[-1] if isinstance(kind, list) else kind  # [file, class] where a pipeline brings its own code
-    if kind == MSDMPipeline.__name__:
-        return _msdm_drawing(folder, index)
-    if kind == FluxPipeline.__name__:
-        return _flux_drawing(_recipe(folder) if (folder / RECIPE).is_file() else None)
+        with parsing(f"the model {name}"):
+            return _flux_drawing(_recipe(folder))
+    index = read_json(str(folder / INDEX))
+    with parsing(f"the model {name}"):
+        kind = index["_class_name"]
+        kind = kind[-1] if isinstance(kind, list) else kind  # [file, class] where a pipeline brings its own code
+        if kind == MSDMPipeline.__name__:
+            return _msdm_drawing(folder, index)
+        if kind == FluxPipeline.__name__:
+            return _flux_drawing(_recipe(folder) if (folder / RECIPE).is_file() else None)
     raise UserError(f"{name} holds a {kind}; known are {MSDMPipeline.__name__} and {FluxPipeline.__name__}")
 
 
@@ -204,13 +207,16 @@ def png(image: Image.Image, about: Mapping[str, str]) -> bytes:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    recipe: dict[str, Any] = yaml.safe_load((folder / RECIPE).read_text())
+    uri = str(folder / RECIPE)
+    recipe = read_yaml(uri)
+    if not isinstance(recipe, dict):
+        raise UserError(f"{uri} holds no recipe")
     return recipe
 
 
 def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
-    unet, vae = (json.loads((folder / component / "config.json").read_text()) for component in ("unet", "vae"))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    unet, vae = (read_json(str(folder / component / "config.json")) for component in ("unet", "vae"))
+    scheduler = read_json(str(folder / "scheduler" / "scheduler_config.json"))["_class_name"]
     sampler = sampler_named(scheduler)
     if sampler is None:
         raise UserError(f"the model's sampler is {scheduler}; known are {', '.join(SAMPLERS)}")

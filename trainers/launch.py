@@ -28,6 +28,8 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from cluster import runtime, storage
+from cluster.checksums import checksums
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
@@ -450,7 +452,7 @@ def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.tr
     """The finished checkpoint as a model in the diffusers layout, in the run's folder."""
     with _exported(recipe, stage, run, checkpoint) as folder:
         storage.upload_folder(folder, run.model(stage))
-    run.mark_complete(stage)
+        run.mark_complete(stage, checksums([folder]))
 
 
 @contextmanager
@@ -518,7 +520,9 @@ def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tr
         return run.model(family_of(recipe).STAGES[-1])
     marker = storage.join(run.uri, "registered.json")
     if storage.exists(marker):
-        return str(json.loads(storage.read_bytes(marker))["model_uri"])
+        document = read_json(marker)
+        with parsing(marker):
+            return str(document["model_uri"])
     # It takes all that draws pictures, for seconds, and workers import this module too.
     from trainers.registration import register_model
 

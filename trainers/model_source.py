@@ -1,6 +1,5 @@
 """Where a model is: registered, logged by a run, in a run's folder, one of its checkpoints, or a folder of its own."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.registry import RegisteredModel, model_folder
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, finished_model
 
 SAMPLING_TAG = "sampling."
 SAMPLING_TYPES = {"guidance_scale": float, "true_cfg_scale": float, "num_inference_steps": int, "sampler": str}
@@ -72,10 +72,10 @@ def open_model(uri: str) -> Iterator[ModelSource]:
         stage = family_of(load_recipe(storage.join(place, "recipe.yaml"))).STAGES[-1]
         if not run.has_model(stage):
             raise UserError(f"{uri} has no finished model yet; name one of its checkpoints, {uri}/{stage}/step-…")
-        with storage.local_folder(run.model(stage)) as folder:
+        with finished_model(run.model(stage)) as folder:
             yield ModelSource(folder, place.rpartition("/")[2], _run_id(place))
     else:
-        with storage.local_folder(place) as folder:
+        with finished_model(place) as folder:
             yield ModelSource(folder, place, None)
 
 
@@ -114,5 +114,13 @@ def _exported(checkpoint: str) -> Iterator[ModelSource]:
 
 
 def _run_id(run_uri: str) -> str | None:
-    marker = storage.join(run_uri, "run.json")
-    return str(json.loads(storage.read_bytes(marker))["run_id"]) if storage.exists(marker) else None
+    return noted_run(storage.join(run_uri, "run.json"))
+
+
+def noted_run(marker: str) -> str | None:
+    """The id of the MLflow run that the JSON document at `marker` names; None if there is none."""
+    if not storage.exists(marker):
+        return None
+    document = read_json(marker)
+    with parsing(marker):
+        return str(document["run_id"])

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import safetensors.numpy
-import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cluster import storage
+from cluster.documents import read_yaml
 from cluster.errors import UserError
 from cluster.evaluations import KIND
 from cluster.promotion import (
@@ -161,10 +161,9 @@ def load_gates(uri: str | None) -> Gates:
     """Gates from a YAML file or s3:// URI; the defaults, if None. Raises UserError that names the key at fault."""
     if uri is None:
         return Gates()
+    document = read_yaml(uri)
     try:
-        return Gates.model_validate(yaml.safe_load(storage.read_bytes(uri)) or {})
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
+        return Gates.model_validate({} if document is None else document)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.tracking import Tracker, connect
 from trainers.run_folder import RunFolder
@@ -36,8 +37,9 @@ class Records:
         self._tracker = tracker
         self._next_try = 0.0
         self._is_saved = storage.exists(run.unrecorded)
-        document = json.loads(storage.read_bytes(run.unrecorded)) if self._is_saved else []
-        self._waiting = [Report(**report) for report in document]
+        document = read_json(run.unrecorded) if self._is_saved else []
+        with parsing(run.unrecorded):
+            self._waiting = [Report(**report) for report in document]
 
     def add(self, report: Report) -> int:
         """Tell MLflow of the report and of those that wait; return how many wait after that.

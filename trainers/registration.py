@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from cluster import storage
 from cluster.registry import CODE_FOLDER, describe_pyfunc, register
 from cluster.tracking import Tracker
 from data_shards import Manifest
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe
+from trainers.run_folder import finished_model
 from trainers.serving import SIGNATURE
 
 CODE_PACKAGES = ("cluster", "data_shards", "trainers")
@@ -39,7 +39,7 @@ def register_model(recipe: Recipe, manifest: Manifest, model: str, tracker: Trac
     run = tracker.client.get_run(tracker.run_id)
     commit = run.data.tags.get("git_commit", "unknown")
     tags = {"manifest_digest": manifest.digest, "recipe": recipe.name, "family": recipe.family, "git_commit": commit}
-    with storage.local_folder(model) as pipeline, TemporaryDirectory() as temporary:
+    with finished_model(model) as pipeline, TemporaryDirectory() as temporary:
         beside = Path(temporary)
         licences = sorted(path.name for path in pipeline.glob("LICENSE*"))
         card = model_card(

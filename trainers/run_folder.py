@@ -12,15 +12,20 @@ RUN/stacks/         where the threads of a rank stood that was ended because it 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
 from cluster import storage
+from cluster.checksums import check_folder
+from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from trainers.recipe import Recipe, dump_recipe
 
-COMPLETE = "COMPLETE"  # written into a model's folder when all else is there
+COMPLETE = "COMPLETE"  # written into a model's folder when all else is there: the checksums of the rest
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class RunFolder:
         # Folders are uploaded file by file; the marker comes last.
         return storage.exists(storage.join(self.model(stage), COMPLETE))
 
-    def mark_complete(self, stage: str) -> None:
-        storage.write_bytes(storage.join(self.model(stage), COMPLETE), b"")
+    def mark_complete(self, stage: str, sums: str = "") -> None:
+        """`sums` are the checksums of the model's files, by which `finished_model` knows them."""
+        storage.write_bytes(storage.join(self.model(stage), COMPLETE), sums.encode())
 
     def picture(self, stage: str, step: int) -> str:
         return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
@@ -66,7 +72,7 @@ class RunFolder:
         run = self.mlflow_run()
         if run is None:
             return None
-        began_with = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "recipe.yaml")))
+        began_with = read_yaml(storage.join(self.uri, "recipe.yaml"))
         now = yaml.safe_load(dump_recipe(recipe))
         changed = [key for key in _differences(began_with, now) if not key.startswith("cluster.")]
         if changed:
@@ -81,8 +87,9 @@ class RunFolder:
         marker = storage.join(self.uri, "run.json")
         if not storage.exists(marker):
             return None
-        run: dict[str, str] = json.loads(storage.read_bytes(marker))
-        return run
+        document = read_json(marker)
+        with parsing(marker):
+            return {key: str(document[key]) for key in ("run_id", "tracking_uri")}
 
     @property
     def _stop_file(self) -> str:
@@ -105,6 +112,18 @@ class RunFolder:
 
     def stop_requested(self) -> bool:
         return storage.exists(self._stop_file)
+
+
+@contextmanager
+def finished_model(uri: str) -> Iterator[Path]:
+    """A local folder with the finished model at `uri`, as `RunFolder.model` names it, or any other model's folder.
+
+    Raises UserError if its files are not those that were finished, as far as that is known.
+    """
+    with storage.local_folder(uri) as folder:
+        if (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
+            check_folder(folder, sums, uri, ignoring=(COMPLETE,))
+        yield folder
 
 
 def _differences(before: object, after: object, prefix: str = "") -> list[str]:

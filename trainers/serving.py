@@ -19,7 +19,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, Schema
 
 from cluster.errors import UserError
-from cluster.registry import RegisteredModel
+from cluster.registry import RegisteredModel, Version, check_registered
 from trainers.generate import about_pictures, load_pipeline, png
 from trainers.model_source import NO_SAMPLING, sampling_of
 
@@ -48,7 +48,11 @@ class PromptToPNG(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model_uri = str(context.model_config["model_uri"])
-        folder, sampling = Path(context.artifacts["pipeline"]), _registered_sampling(self.model_uri)
+        folder, version = Path(context.artifacts["pipeline"]), _registered_version(self.model_uri)
+        sampling: Mapping[str, Any] = NO_SAMPLING
+        if version is not None:
+            check_registered(folder, version.tags, self.model_uri)
+            sampling = sampling_of(version.tags, self.model_uri)
         self.model = load_pipeline(folder, name=self.model_uri, sampling=sampling)
         self.one_at_a_time = Lock()  # MLflow answers requests on threads, and a pipeline has one noise scheduler
 
@@ -75,14 +79,13 @@ class PromptToPNG(PythonModel):
         return png(image, about_pictures(self.model_uri, prompt, seed, self.model.drawing.arguments(given)))
 
 
-def _registered_sampling(model_uri: str) -> Mapping[str, Any]:
-    """What the version that runs:/ID/model became is drawn with. It is served also where nobody can tell."""
+def _registered_version(model_uri: str) -> Version | None:
+    """The version that runs:/ID/model became. The model is served also where nobody can tell."""
     try:
-        version = RegisteredModel.version_of_run(model_uri.removeprefix("runs:/").partition("/")[0])
+        return RegisteredModel.version_of_run(model_uri.removeprefix("runs:/").partition("/")[0])
     except UserError as error:
-        logger.warning("the model is drawn with its own settings, whatever its version's tags say: %s", error)
-        return NO_SAMPLING
-    return sampling_of(version.tags, model_uri) if version else NO_SAMPLING
+        logger.warning("the model is not checked, and is drawn with its own settings alone: %s", error)
+        return None
 
 
 def _refused(message: str) -> MlflowException:

@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import safetensors
 import torch
 from torch import Tensor
 
+from cluster.documents import parsing
 from cluster.errors import UserError
 
 FORMAT = "medsynth-sharded-1"
@@ -62,20 +63,35 @@ def save(
 class ShardedCheckpoint:
     """A complete checkpoint, open for reading; only what is asked for is read.
 
-    Raises UserError, naming the file, if a rank's file is missing, truncated or of another checkpoint.
+    Raises UserError, naming file or folder, if a rank's file is missing, truncated or of another checkpoint, or holds
+    tensors of other sizes than it says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = [_open(path) for path in _complete(folder)]
-        states = [file.metadata()["state"] for file in self._files]
-        if len(set(states)) > 1:
-            steps = ", ".join(str(json.loads(state)["step"]) for state in states)
-            raise UserError(f"checkpoint {folder} is a mixture: its files, in order, are of steps {steps}")
-        state = json.loads(states[0])
-        state["shapes"] = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        self.state = State(**state)
-        self._names = set(self._files[0].keys())
+        with parsing(f"checkpoint {folder}"):
+            states = [file.metadata()["state"] for file in self._files]
+            if len(set(states)) > 1:
+                steps = ", ".join(str(json.loads(state)["step"]) for state in states)
+                raise UserError(f"checkpoint {folder} is a mixture: its files, in order, are of steps {steps}")
+            state = json.loads(states[0])
+            counts = {name: int(state[name]) for name in ("step", "optimizer_steps", "ema_updates")}
+            shapes = {name: tuple(map(int, shape)) for name, shape in state["shapes"].items()}
+            self.state = State(**counts, shapes=shapes)
+            self._names = set(self._files[0].keys())
+            for rank, file in enumerate(self._files):
+                self._check_stretches(rank, file)
+
+    def _check_stretches(self, rank: int, file: Any) -> None:
+        """Raises ValueError unless a rank's file holds what `state` says, in every tensor the rank's own stretch."""
+        if set(file.keys()) != self._names:
+            raise ValueError(f"rank {rank} holds other tensors than rank 0")
+        for name in self._names:
+            kind, _, weight = name.partition("/")
+            start, stop = stretch(self.numel(weight), rank, len(self._files))
+            if kind not in get_args(Kind) or file.get_slice(name).get_shape() != [stop - start]:
+                raise ValueError(f"rank {rank} does not hold elements {start} to {stop} of {name}")
 
     def has(self, kind: Kind, name: str) -> bool:
         return f"{kind}/{name}" in self._names

@@ -11,11 +11,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from cluster import storage
+from cluster.documents import read_small
 from cluster.errors import UserError, did_you_mean
 from data_shards.sample import Record
 
 Row = Mapping[str, Any]
+MAX_TABLE_BYTES = 2**30  # some five million captions; all are held in memory
+PARQUET_ROWS = 10_000  # read at a time
+ROW_BYTES = 256  # that Python takes for a row beside its values
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def records_of(rows: Sequence[Row], images_uri: str, columns: Columns) -> Iterat
 
 def read_rows(uri: str, delimiter: str | None = None) -> list[Row]:
     """All rows of a table, by the ending of its name. Raises UserError if it has none or cannot be read."""
-    data = storage.read_bytes(uri)
     ending = PurePosixPath(uri).suffix.lower()
+    data = read_small(uri, MAX_TABLE_BYTES)
     try:
         if ending == ".parquet":
-            rows: list[Row] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+            rows: list[Row] = list(_parquet_rows(data))
         elif ending in (".jsonl", ".ndjson"):
             rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
         elif ending in (".csv", ".tsv", ".txt"):
@@ -83,11 +86,26 @@ def read_rows(uri: str, delimiter: str | None = None) -> list[Row]:
             rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter or likely))
         else:
             raise UserError(f"{uri}: a table must end in .csv, .tsv, .jsonl or .parquet")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{uri} cannot be read as {ending[1:]}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # such as Arrow's own, and RecursionError for JSON that is too deep
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{uri} cannot be read as {ending[1:]}: {reason}") from None
     if not rows:
         raise UserError(f"{uri} has no rows")
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise UserError(f"{uri} cannot be read as {ending[1:]}: a row of it is not {{column: value, ...}}")
     return rows
+
+
+def _parquet_rows(data: bytes) -> Iterator[Row]:
+    """Raises ValueError when they grow beyond MAX_TABLE_BYTES: encoded, a million equal values take a few bytes."""
+    left = MAX_TABLE_BYTES
+    for batch in pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches(PARQUET_ROWS):
+        left -= batch.nbytes + batch.num_rows * ROW_BYTES
+        if left < 0:
+            raise ValueError(f"its values take more than {MAX_TABLE_BYTES} bytes")
+        yield from batch.to_pylist()
 
 
 def _check_column(rows: list[Row], column: str, uri: str) -> None:

@@ -1,15 +1,18 @@
 """What a registered version carries, and that a real `mlflow models serve` draws what `medsynth generate` draws."""
 
 import base64
+import hashlib
 import io
 import json
 import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.pyfunc
 import numpy as np
@@ -19,15 +22,19 @@ from mlflow import MlflowClient, MlflowException
 from numpy.typing import NDArray
 from PIL import Image
 
+from cluster.checksums import checksums
+from cluster.errors import UserError
 from cluster.registry import RegisteredModel, model_folder
 from cluster.tracking import Tracker
 from data_shards import Manifest
 from tests.servers import free_port, server
 from trainers.generate import generate
+from trainers.model_source import open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.export import PIPELINE_FILE
 from trainers.recipe import MSDMRecipe, load_recipe
 from trainers.registration import register_model
+from trainers.run_folder import RunFolder, finished_model
 
 
 @pytest.fixture
@@ -63,6 +70,7 @@ def test_a_version_has_all_that_its_readers_need(registered: str, recipe: MSDMRe
         "recipe": "tiny",
         "family": "msdm",
         "git_commit": "abc123",
+        "sha256sums": version.tags["sha256sums"],  # below: that it is theirs
     }
     with model_folder(registered) as folder:
         assert load_recipe(str(folder / "recipe.yaml")) == recipe
@@ -174,3 +182,72 @@ def test_versions_of_before_still_open(pipeline: MSDMPipeline, tracking_uri: str
     source = f"{client.get_run(tracker.run_id).info.artifact_uri}/model"
     client.create_model_version("old", source, run_id=tracker.run_id)
     assert drawn("models:/old/1", tmp_path / "out", seed=0).shape == (16, 16, 3)
+
+
+# --- a version is what was registered, byte for byte ---
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def stored(registered: str) -> Path:
+    """Where the registered files lie."""
+    return Path(urlsplit(str(MlflowClient().get_model_version("tiny", "1").source)).path)
+
+
+def flip_last_byte(path: Path) -> tuple[str, str]:
+    """SHA-256 before and after."""
+    data = path.read_bytes()
+    changed = data[:-1] + bytes([data[-1] ^ 1])
+    path.write_bytes(changed)
+    return hashlib.sha256(data).hexdigest(), hashlib.sha256(changed).hexdigest()
+
+
+def test_a_changed_byte_is_refused_by_every_way_to_it(registered: str, stored: Path, tmp_path: Path) -> None:
+    before, after = flip_last_byte(stored / UNET)
+    run = f"runs:/{MlflowClient().get_model_version('tiny', '1').run_id}/model"
+    said = f"is not what it was: {UNET} has SHA-256 {after}, expected {before}"
+    for uri in ("models:/tiny/1", "models:/tiny/latest", registered, run):
+        with pytest.raises(UserError, match=f"^{uri} {said}"), open_model(uri):
+            pass
+    with pytest.raises(UserError, match=f"^{run} {said}"):
+        mlflow.pyfunc.load_model("models:/tiny/1")
+    with pytest.raises(UserError, match=said):
+        drawn(registered, tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "recipe.yaml").unlink(), "recipe.yaml is missing, of SHA-256"),
+        (lambda folder: (folder / "pytorch_lora_weights.safetensors").write_bytes(b""), "lora.* was not there"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS has SHA-256 e3b0c4.*, expected"),
+    ],
+)
+def test_neither_more_nor_fewer_files(stored: Path, change: Callable[[Path], object], said: str) -> None:
+    change(stored)
+    with pytest.raises(UserError, match=said), open_model("models:/tiny/1"):
+        pass
+
+
+def test_digests_that_were_made_to_fit_are_refused(stored: Path) -> None:
+    """They lie beside the model; theirs lies in the registry."""
+    before, after = flip_last_byte(stored / UNET)
+    sums = stored / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(before, after))
+    with pytest.raises(UserError, match="SHA256SUMS has SHA-256"), open_model("models:/tiny/1"):
+        pass
+
+
+def test_a_finished_model_that_changed_is_not_registered(
+    pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tmp_path: Path
+) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    folder = Path(run.model("denoiser"))
+    pipeline.save_pretrained(folder)
+    run.mark_complete("denoiser", checksums([folder]))
+    with finished_model(str(folder)):
+        before, after = flip_last_byte(folder / UNET)
+    tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    with pytest.raises(UserError, match=f"{UNET} has SHA-256 {after}, expected {before}"):
+        register_model(recipe, Manifest.load(recipe.data.shards), str(folder), tracker, name="tiny")

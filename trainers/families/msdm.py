@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from cluster import storage
 from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
 from trainers.families import stream_from
 from trainers.recipe import MSDMRecipe, Training
-from trainers.run_folder import RunFolder
+from trainers.run_folder import RunFolder, finished_model
 from trainers.stage import Stage
 
 STAGES = ("vae", "denoiser")
@@ -61,7 +60,7 @@ def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out
         batches = islice(open_stream(recipe, stage, "train").batches(), steps)
         export_vae(recipe, checkpoint, [micro_batch for step in batches for micro_batch in step], out)
     else:
-        with storage.local_folder(run.model("vae")) as vae:
+        with finished_model(run.model("vae")) as vae:
             export_pipeline(recipe, vae, checkpoint, out)
 
 
@@ -73,6 +72,6 @@ def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device)
     if stage == "vae":
         examples = islice(open_stream(recipe, stage, "validation").one_pass(NUM_VAE_EXAMPLES), 1)
         return vae_stage(recipe, torch.cat([batch.images for batch in examples]), device)
-    with storage.local_folder(run.model("vae")) as folder:
+    with finished_model(run.model("vae")) as folder:
         vae = AutoencoderKL.from_pretrained(folder)
     return denoiser_stage(recipe, vae, device)

@@ -20,8 +20,7 @@ from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, ShardEntry
-from data_shards.sample import IMAGE_MEMBERS
-from data_shards.stream import read_samples
+from data_shards.stream import encoded_image, read_samples
 from trainers.fidelity.extractors import Extractor, kept_extractor
 from trainers.pictures import to_pixels
 
@@ -134,8 +133,7 @@ def extract_share(
         images: list[Tensor] = []
         for sample in read_samples(shards_uri, share.shard, start, min(start + batch_size, share.stop)):
             try:
-                data = next(sample.members[name] for name in IMAGE_MEMBERS if name in sample.members)
-                images.append(decode(data, resolution))
+                images.append(decode(encoded_image(sample), resolution))
             except ImageError as error:
                 logger.warning("sample %s of %s left out: %s", sample.key, shards_uri, error)
                 continue

@@ -4,7 +4,6 @@ A share that is done lies at EVALUATION/shares/, so an evaluation that was cut o
 """
 
 import hashlib
-import io
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cluster import storage
+from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from data_shards.decode import ImageError, open_image, to_rgb
 from trainers.fidelity.extractors import Extractor, kept_extractor
@@ -174,8 +174,10 @@ def begin(out: str, request: Mapping[str, Any]) -> None:
     marker = storage.join(out, "request.json")
     asked = json.loads(json.dumps(request))
     if storage.exists(marker):
-        begun = json.loads(storage.read_bytes(marker))
-        if changed := [key for key in asked if begun.get(key) != asked[key]]:
+        begun = read_json(marker)
+        with parsing(marker):
+            changed = [key for key in asked if begun.get(key) != asked[key]]
+        if changed:
             raise UserError(f"{out} holds an evaluation whose {', '.join(changed)} differ; choose another --out")
     else:
         storage.write_bytes(marker, json.dumps(asked, indent=1).encode())
@@ -198,4 +200,5 @@ def _decoded(data: bytes, uri: str) -> Image.Image:
 
 def read_sample(out: str, number: int) -> Image.Image:
     """A generated image, as it was written."""
-    return Image.open(io.BytesIO(storage.read_bytes(sample_uri(out, number))))
+    uri = sample_uri(out, number)
+    return _decoded(storage.read_bytes(uri), uri)

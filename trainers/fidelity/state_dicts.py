@@ -1,17 +1,14 @@
 """Published weights that are one file: where it is, what is in it, and whether it fits."""
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster.errors import UserError
 from cluster.weights import local_weights
+from trainers.tensor_files import load_pickled, load_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -29,13 +26,9 @@ def read_state_dict(weights: str) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """As read_state_dict, of a local file."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path.name} is damaged, or more than a state dict: {reason}") from None
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    loaded = load_pickled(path)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path.name} is not a state dict: it holds more, or other things, than tensors by name")

@@ -14,10 +14,12 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from torch import Tensor
 
+from cluster.documents import parsing
 from cluster.weights import local_weights
 from trainers.flux.load import transformer_config
 from trainers.recipe import FluxRecipe, LoRA, dump_recipe
 from trainers.sharded_checkpoint import read_parameters
+from trainers.tensor_files import load_tensors
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 MAX_FILE_BYTES = 4_500_000_000  # MLflow's proxy and S3's single PUT both refuse 5 GB
@@ -44,8 +46,7 @@ def export_pipeline(
 def export_adapters(recipe: FluxRecipe, checkpoint: Path, out: Path) -> None:
     """Write the adapters' averaged weights as FluxPipeline.load_lora_weights reads them, and the recipe."""
     layers = {
-        name.replace(".default.", "."): value
-        for name, value in safetensors.torch.load_file(checkpoint / "ema.safetensors").items()
+        name.replace(".default.", "."): value for name, value in load_tensors(checkpoint / "ema.safetensors").items()
     }
     assert recipe.transformer.lora is not None
     # Without its settings, an adapter would be read as if alpha were its rank.
@@ -101,6 +102,6 @@ def _transformer_weights(checkpoint: Path, weights: Literal["ema", "weights"]) -
     if not replica.is_file():
         yield from read_parameters(checkpoint, weights)
         return
-    with safetensors.safe_open(replica, "pt") as file:
+    with parsing(str(replica)), safetensors.safe_open(replica, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dictionary
             yield name, file.get_tensor(name)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import safetensors
 from torch import Tensor
 
+from cluster.documents import parsing
 from cluster.errors import UserError
 from cluster.weights import component_config, local_weights, weight_files
 from trainers.flux.architecture import FLUX_1_DEV
@@ -26,7 +27,7 @@ def transformer_config(pretrained: str) -> dict[str, object]:
 def transformer_weights(pretrained: str) -> Iterator[tuple[str, Tensor]]:
     """The transformer's weights by name, one tensor in memory and one file on disk at a time."""
     for path in weight_files(pretrained, "transformer"):
-        with safetensors.safe_open(path, "pt") as file:
+        with parsing(str(path)), safetensors.safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 yield name, file.get_tensor(name)
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cluster import storage
+from cluster.documents import parse_yaml, read_yaml
 from cluster.errors import UserError, did_you_mean
 from trainers.recipe.blocks import EXTRACTOR, PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
 from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
@@ -70,7 +71,7 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(document, override)
     family = document.get("family", "msdm")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{uri}: family: '{family}' is unknown, there are {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family].model_validate(document)
@@ -80,10 +81,7 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_document(uri: str, kind: str, such_as: str) -> dict[str, Any]:
     """The YAML mapping in a file or s3:// URI. Raises UserError if there is none, which calls it a `kind`."""
-    try:
-        document = yaml.safe_load(storage.read_bytes(uri))
-    except yaml.YAMLError as error:
-        raise UserError(f"{uri} is not YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(uri)
     if not isinstance(document, dict):
         raise UserError(f"{uri} holds no {kind}: expected keys such as {such_as} at its top level")
     return document
@@ -126,10 +124,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: write it as key=value, for example data.resolution=64")
-    try:
-        return path, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML") from None
+    return path, parse_yaml(text, f"--set {override}: the value")
 
 
 def explain(error: ValidationError, document: type[BaseModel]) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Runs:
     [
         ({"epoch": 3}, r"w.pth is not a state dict"),
         ([torch.ones(1)], r"w.pth is not a state dict"),
-        ({"x": Runs()}, r"w.pth is damaged, or more than a state dict"),
+        ({"x": Runs()}, r"w.pth is damaged, or of another kind: it holds more than tensors"),
         (b"not a file of weights", r"w.pth is damaged"),
         (b"", r"w.pth is damaged"),
     ],
