@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from cluster.errors import UserError
+from cluster.provenance import JOB_TAG, job_tags
 
 # Read by mlflow when it is imported: its notices are not for our users' terminals.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -81,14 +82,17 @@ class Tracker:
                 raise UserError(f"the MLflow experiment '{experiment}' was deleted: restore it, or name another")
             else:
                 experiment_id = known.experiment_id
-            run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+            run = client.create_run(experiment_id, run_name=run_name, tags={**job_tags(), **tags})
         return cls(uri, run.info.run_id)
 
     @classmethod
     def resume(cls, run_id: str, tracking_uri: str) -> "Tracker":
         """Go on with a run that was begun earlier."""
+        client = connect(tracking_uri)
         with explained(tracking_uri):
-            connect(tracking_uri).update_run(run_id, status="RUNNING")
+            client.update_run(run_id, status="RUNNING")
+            for key, value in job_tags().items():
+                client.set_tag(run_id, key, value)
         return cls(tracking_uri, run_id)
 
     @property
@@ -227,6 +231,16 @@ def find_run(run_id: str) -> Tracker | None:
             return None
         raise
     return Tracker(uri, run_id)
+
+
+def runs_of_job(job: str, tracking_uri: str) -> list[Tracker]:
+    """The runs that a job of the cluster records, first those that others are below. Raises TrackingError."""
+    client = connect(tracking_uri)
+    with explained(tracking_uri):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, f"tags.{JOB_TAG} = '{job}'", order_by=["attributes.start_time"])
+    parents = sorted(found, key=lambda run: "mlflow.parentRunId" in run.data.tags)
+    return [Tracker(tracking_uri, run.info.run_id) for run in parents]
 
 
 def connect(tracking_uri: str) -> MlflowClient:

@@ -26,6 +26,7 @@ from ray.tune.search import Searcher
 from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import (
     Status,
@@ -43,7 +44,6 @@ from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
-from trainers.code_version import git_commit
 from trainers.launch import (
     Progress,
     RunStopped,

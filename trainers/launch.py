@@ -27,10 +27,10 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.errors import UserError
+from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
-from trainers.code_version import git_commit
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
 from trainers.loop import DivergedError
