@@ -91,6 +91,7 @@ def train_recipe(
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
     """
+    runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
     family = family_of(recipe)
     manifest = check_recipe(recipe)
