@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ def nodes() -> Check:
     except subprocess.TimeoutExpired:
         return Check(name, False, f"{address} does not answer within {NODES_SECONDS} s", "is it that of a Ray head?")
     if asked.returncode:
-        return Check(name, False, asked.stderr.strip().splitlines()[-1], "see RAY_ADDRESS, and that the head runs")
+        said = (asked.stderr.strip() or f"it ended with {asked.returncode}").splitlines()[-1]
+        return Check(name, False, said, "see RAY_ADDRESS, and that the head runs")
     return compare_nodes(json.loads(asked.stdout.splitlines()[-1]))
 
 
@@ -325,7 +327,7 @@ def _knock(url: str) -> None:
 
 def _get(url: str) -> str:
     """What is at the URL in one line; nothing if it cannot be had."""
-    with suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+    with suppress(OSError, ValueError, HTTPException), urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
         return str(answer.read(100).decode().strip())
     return ""
 
@@ -338,11 +340,11 @@ def _seconds_ahead(url: str) -> float | None:
             told = answer.headers["Date"]
     except urllib.error.HTTPError as error:
         told = error.headers["Date"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return None
-    if not told:
-        return None
-    return parsedate_to_datetime(told).timestamp() + 0.5 - (asked + time.time()) / 2  # whole seconds, cut off
+    with suppress(ValueError):  # of no date, or of none that can be read
+        return parsedate_to_datetime(told).timestamp() + 0.5 - (asked + time.time()) / 2  # whole seconds, cut off
+    return None
 
 
 def _ahead(seconds: float) -> str:

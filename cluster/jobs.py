@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import posixpath
 import re
 import secrets
 import shlex
@@ -22,8 +23,8 @@ from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from cluster.errors import UserError
-from cluster.provenance import COMMIT_VARIABLE, JOB_VARIABLE, git_commit
+from cluster.errors import UserError, did_you_mean
+from cluster.provenance import COMMIT_VARIABLE, git_commit
 from cluster.runtime import FORWARDED_VARIABLES
 
 EXCLUDES = (
@@ -47,6 +48,8 @@ for _module in ("dashboard_sdk", "job.sdk"):
     logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.ERROR)
 for _module in ("packaging", "working_dir"):
     logging.getLogger(f"ray._private.runtime_env.{_module}").setLevel(logging.ERROR)
+_silent = logging.getLogger(f"{__name__}.silent")
+_silent.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,9 @@ class Submission:
     entrypoint: str
     runtime_env: Mapping[str, Any]
     metadata: Mapping[str, str]
+    variables: Sequence[str]  # names of those that the job is given from this environment
     upload_bytes: int
     notices: Sequence[str]  # what may turn out to be a mistake, in sentences
-
-    @property
-    def variables(self) -> list[str]:
-        """Names of the environment variables that the job is given by the user."""
-        own = (COMMIT_VARIABLE, JOB_VARIABLE, "RAY_JOB_STOP_WAIT_TIME_S")
-        return sorted(name for name in self.runtime_env["env_vars"] if name not in own)
 
 
 def prepare(
@@ -78,22 +76,26 @@ def prepare(
 
     A training that names no run is given one: the same command, submitted again, then goes on with it.
 
-    Raises UserError for a folder that is too large, and for a variable that is not set or makes no sense elsewhere.
+    Raises UserError for a folder that is too large, a recipe that is not in it, and a variable that is not set or
+    makes no sense elsewhere.
     """
+    files = files_to_upload(folder)
+    check_size(folder, files)
+    check_named(words, folder, files)
     job = job_id(words)
     if words[0] == "train" and not any(word == "--run" or word.startswith("--run=") for word in words):
         words = [*words, "--run", job]
     commit = git_commit(folder)
-    env_vars = forwarded(variables, environment)
+    given = forwarded(variables, environment)
     notices = []
-    if TRACKING not in env_vars:
+    if TRACKING not in given:
         notices.append(f"{TRACKING} is not set: if the cluster does not set it either, the job's record is lost.")
     if shown := [name for name in variables if SECRETIVE.search(name)]:
         notices.append(
             f"{', '.join(shown)}: Ray shows the value to all who may use the cluster, and writes it into its "
             "logs there; a secret is safer set on the cluster's machines."
         )
-    if not (folder / "medsynth.py").exists():
+    if "medsynth.py" not in files:
         notices.append(f"{folder} has no medsynth.py: the job runs the medsynth that the cluster has installed.")
     return Submission(
         id=job,
@@ -101,13 +103,8 @@ def prepare(
         runtime_env={
             "working_dir": str(folder),
             "excludes": list(EXCLUDES),
-            "env_vars": {
-                COMMIT_VARIABLE: commit,
-                JOB_VARIABLE: job,
-                # Read by the process that Ray starts to look after the job, which has the job's environment.
-                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
-                **env_vars,
-            },
+            # The second is read by the process of Ray that looks after the job, which has the job's environment.
+            "env_vars": {COMMIT_VARIABLE: commit, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **given},
         },
         metadata={
             "command": shlex.join(["medsynth", *words]),
@@ -115,7 +112,8 @@ def prepare(
             "medsynth_version": _version(),
             "run": _run_of(words),
         },
-        upload_bytes=check_size(folder),
+        variables=sorted(given),
+        upload_bytes=sum(files.values()),
         notices=notices,
     )
 
@@ -157,36 +155,61 @@ def forwarded(variables: Sequence[str], environment: Mapping[str, str]) -> dict[
 
 
 def files_to_upload(folder: Path) -> dict[str, int]:
-    """Name and bytes of every file of the folder that Ray would upload, by Ray's own reading of the ignore files."""
+    """Name and bytes of every file of the folder that Ray would upload, by Ray's own reading of the ignore files.
+
+    Raises UserError if there is no such folder, or it cannot be read.
+    """
+    folder = folder.absolute()
     sizes: dict[str, int] = {}
 
     def note(path: Path) -> None:
         if path.is_file():
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
 
-    folder = folder.absolute()
-    quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.setLevel(logging.ERROR)
-    packaging._dir_travel(
-        folder, [packaging._get_excludes(folder, list(EXCLUDES))], note, include_gitignore=True, logger=quiet
-    )
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} to upload: give another --working-dir")
+    excluded = packaging._get_excludes(folder, list(EXCLUDES))
+    try:
+        packaging._dir_travel(folder, [excluded], note, include_gitignore=True, logger=_silent)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} to upload it: {error.strerror}; name it in .rayignore") from None
     return sizes
 
 
-def check_size(folder: Path) -> int:
-    """Bytes that would be uploaded. Raises UserError, naming the largest files, if the job server would refuse them."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to upload")
-    sizes = files_to_upload(folder)
-    total = sum(sizes.values())
-    if total > UPLOAD_BYTES:
-        largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
-        named = ", ".join(f"{name} ({mebibytes(sizes[name])})" for name in largest)
+def check_size(folder: Path, files: Mapping[str, int]) -> None:
+    """Raise UserError, naming the largest files, if the job server would refuse an upload of these."""
+    total = sum(files.values())
+    if total <= UPLOAD_BYTES:
+        return
+    largest = sorted(files, key=lambda name: files[name], reverse=True)[:3]
+    named = ", ".join(f"{name} ({mebibytes(files[name])})" for name in largest)
+    raise UserError(
+        f"{folder} has {mebibytes(total)} to upload, the job server takes {mebibytes(UPLOAD_BYTES)}; the largest: "
+        f"{named}: move data to shared storage, or name it in .gitignore or .rayignore"
+    )
+
+
+def check_named(words: Sequence[str], folder: Path, files: Mapping[str, int]) -> None:
+    """Raise UserError for a YAML file, such as a recipe, that a command names and the job would not find.
+
+    Of what is at an absolute path, or at a URI, only the cluster can say whether it is there.
+    """
+    for word in words:
+        name = posixpath.normpath(word)
+        if not name.endswith((".yaml", ".yml")) or "=" in word or "://" in word or name.startswith("/"):
+            continue
+        if name in files:
+            continue
+        if (folder / name).exists():
+            raise UserError(
+                f"{word} is not uploaded: it is outside {folder}, or excluded there (see .gitignore and .rayignore); "
+                "put it elsewhere, or on shared storage"
+            )
+        there = [known for known in files if known.endswith((".yaml", ".yml"))]
         raise UserError(
-            f"{folder} has {mebibytes(total)} to upload, the job server takes {mebibytes(UPLOAD_BYTES)}; the largest: "
-            f"{named}: move data to shared storage, or name it in .gitignore or .rayignore"
+            f"there is no {word} in {folder}: {did_you_mean(name, there)}"
+            "a job finds files of the folder that is uploaded (--working-dir), and shared storage"
         )
-    return total
 
 
 def mebibytes(size: int) -> str:
@@ -198,7 +221,7 @@ def server_address(given: str | None, environment: Mapping[str, str] = os.enviro
     address = given or environment.get("RAY_API_SERVER_ADDRESS") or environment.get("RAY_ADDRESS")
     if not address:
         raise UserError("name the cluster's job server: --address http://HOST:8265, or RAY_API_SERVER_ADDRESS")
-    if not address.startswith(("http://", "https://")) or not urlsplit(address).hostname:
+    if not re.match(r"https?://[^/]", address):
         raise UserError(
             f"{address} is no address of a job server: give the http:// address of the cluster's dashboard, "
             "such as http://HOST:8265, with --address or RAY_API_SERVER_ADDRESS"
@@ -215,8 +238,8 @@ class JobServer:
 
     @classmethod
     def connect(cls, address: str) -> "JobServer":
-        parts = urlsplit(address)
         try:  # Ray itself would wait for minutes
+            parts = urlsplit(address)
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
         except (OSError, ValueError) as error:
@@ -329,4 +352,4 @@ def _explained(address: str, job: str | None = None) -> Iterator[None]:
             raise UserError(f"{address} knows no job '{job}': see 'medsynth jobs list'") from None
         if "404" in message:
             raise UserError(f"{address} answers, but is no job server: give the address of Ray's dashboard") from None
-        raise UserError(f"the job server at {address} does not do it: {message}") from None
+        raise UserError(f"the job server at {address} refuses: {message}") from None

@@ -1,5 +1,6 @@
 """The commands `medsynth submit` and `medsynth jobs list|status|logs|stop`."""
 
+import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -109,7 +110,7 @@ def status(job: JobId, address: Address = None) -> None:
     for name, value in rows.items():
         if value:
             console.print(f"{name:12}{value}", soft_wrap=True)
-    typer.echo(_last_lines(server, job))
+    typer.echo(_last_lines(server.log(job)))
 
 
 @app.command()
@@ -131,7 +132,7 @@ def logs(
 
 @app.command()
 def stop(job: JobId, address: Address = None) -> None:
-    """Have a job save its state and stop; the same command, submitted again, goes on.
+    """Have a job save its state and stop, and say which command goes on with it.
 
     medsynth jobs stop train-msdm-demo-20261125-0412-7f3a
     """
@@ -141,8 +142,11 @@ def stop(job: JobId, address: Address = None) -> None:
         return
     _say("Asked it to save its state and to stop; waiting for that")
     details = server.ended(job)
-    typer.echo(_last_lines(server, job))
-    _say(f"{details.status.value}. To go on: {_command(details).replace('medsynth', 'medsynth submit --', 1)}")
+    log = server.log(job)
+    typer.echo(_last_lines(log))
+    _say(details.status.value)
+    if details.status.value == "STOPPED" and (command := _continuation(details, log)):
+        _say(f"To go on: medsynth submit -- {command}")
 
 
 def check_command(context: typer.Context, words: Sequence[str]) -> None:
@@ -216,8 +220,14 @@ def _took(job: "JobDetails") -> str:
     return str(timedelta(seconds=max(0, round(end - job.start_time / 1000))))
 
 
-def _last_lines(server: "JobServer", job: str) -> str:
-    return "\n".join(server.log(job).splitlines()[-STATUS_LINES:])
+def _last_lines(log: str) -> str:
+    return "\n".join(log.splitlines()[-STATUS_LINES:])
+
+
+def _continuation(job: "JobDetails", log: str) -> str:
+    """The medsynth command that goes on with a job: the last that it has named itself, or its own; none of others."""
+    commands = [_command(job), *re.findall(r"(?:[Tt]o go on|to resume it): (medsynth .+)", log)]
+    return commands[-1].removeprefix("medsynth ") if commands[-1].startswith("medsynth ") else ""
 
 
 def _record(job: "JobDetails") -> str:

@@ -1,16 +1,14 @@
-"""Which code runs, and as which job of a cluster."""
+"""Which code runs, and as which job of a Ray cluster."""
 
+import json
 import os
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 COMMIT_VARIABLE = "MEDSYNTH_GIT_COMMIT"
 """Tells a job, whose folder is no checkout, from which commit it was uploaded."""
-JOB_VARIABLE = "MEDSYNTH_JOB"
-"""Tells a job its own id."""
-JOB_TAG = "ray_job"
-"""The MLflow tag of a run: the job that began it, or went on with it last."""
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""By which Ray tells the process of a job about it; those of its tasks and actors are not told."""
 
 
 def git_commit(folder: Path | None = None) -> str:
@@ -29,7 +27,8 @@ def git_commit(folder: Path | None = None) -> str:
     return commit.strip() + ("+" if changes.strip() else "")
 
 
-def job_tags() -> Mapping[str, str]:
-    """What to tag an MLflow run with so that it is found by its job; nothing outside a job."""
-    job = os.environ.get(JOB_VARIABLE)
-    return {JOB_TAG: job} if job else {}
+def ray_job() -> str | None:
+    """The id of the job that this process was started as; None where it was not."""
+    told = json.loads(os.environ.get(RAY_JOB_VARIABLE, "{}"))
+    job: str | None = told.get("metadata", {}).get("job_submission_id")
+    return job

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.provenance import ray_job
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -117,7 +118,7 @@ def check_outlives_job(storage: str) -> None:
 
     Ray deletes that some time after the job.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in storage and not storage.startswith("/"):
+    if ray_job() and "://" not in storage and not storage.startswith("/"):
         raise UserError(
             f"cluster.storage={storage} would be lost with the job's folder: give an s3:// URI, or an absolute path "
             "that all nodes share"

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from cluster.errors import UserError
-from cluster.provenance import JOB_TAG, job_tags
+from cluster.provenance import ray_job
 
 # Read by mlflow when it is imported: its notices are not for our users' terminals.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -36,6 +36,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
+JOBS_TAG = "ray_jobs"  # of a run: the ids of the jobs of a Ray cluster that have worked on it
 SQLITE = "sqlite:///"
 
 
@@ -82,7 +83,7 @@ class Tracker:
                 raise UserError(f"the MLflow experiment '{experiment}' was deleted: restore it, or name another")
             else:
                 experiment_id = known.experiment_id
-            run = client.create_run(experiment_id, run_name=run_name, tags={**job_tags(), **tags})
+            run = client.create_run(experiment_id, run_name=run_name, tags={**_with_job(""), **tags})
         return cls(uri, run.info.run_id)
 
     @classmethod
@@ -91,7 +92,8 @@ class Tracker:
         client = connect(tracking_uri)
         with explained(tracking_uri):
             client.update_run(run_id, status="RUNNING")
-            for key, value in job_tags().items():
+            jobs = client.get_run(run_id).data.tags.get(JOBS_TAG, "")
+            for key, value in _with_job(jobs).items():
                 client.set_tag(run_id, key, value)
         return cls(tracking_uri, run_id)
 
@@ -234,13 +236,21 @@ def find_run(run_id: str) -> Tracker | None:
 
 
 def runs_of_job(job: str, tracking_uri: str) -> list[Tracker]:
-    """The runs that a job of the cluster records, first those that others are below. Raises TrackingError."""
+    """The runs that a job of a Ray cluster has worked on, first those that others are below. Raises TrackingError."""
     client = connect(tracking_uri)
     with explained(tracking_uri):
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found = client.search_runs(experiments, f"tags.{JOB_TAG} = '{job}'", order_by=["attributes.start_time"])
-    parents = sorted(found, key=lambda run: "mlflow.parentRunId" in run.data.tags)
+        like = f"tags.{JOBS_TAG} LIKE '%{job}%'"
+        found = client.search_runs(experiments, like, order_by=["attributes.start_time"])
+    of_job = [run for run in found if job in run.data.tags[JOBS_TAG].split()]
+    parents = sorted(of_job, key=lambda run: "mlflow.parentRunId" in run.data.tags)
     return [Tracker(tracking_uri, run.info.run_id) for run in parents]
+
+
+def _with_job(jobs: str) -> Mapping[str, str]:
+    """The tag of a run that these jobs have worked on, once this one does; nothing outside a job."""
+    job = ray_job()
+    return {JOBS_TAG: f"{jobs} {job}".strip()} if job and job not in jobs.split() else {}
 
 
 def connect(tracking_uri: str) -> MlflowClient:

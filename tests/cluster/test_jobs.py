@@ -47,7 +47,22 @@ def test_code_and_recipes_are_uploaded_and_nothing_else(tmp_path: Path) -> None:
 def test_this_project_is_small_enough() -> None:
     names = jobs.files_to_upload(ROOT)
     assert {"medsynth.py", "cluster/jobs.py", "recipes/msdm-demo.yaml", "pyproject.toml"} <= names.keys()
-    assert jobs.check_size(ROOT) < jobs.UPLOAD_BYTES / 2
+    assert sum(names.values()) < jobs.UPLOAD_BYTES / 2
+
+
+def test_a_recipe_that_the_job_would_not_find_is_named_before_anything_is_sent(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(folder, "recipes/msdm-demo.yaml", "runs/a/recipe.yaml", "../outside.yaml")
+    files = jobs.files_to_upload(folder)
+    for found in ("recipes/msdm-demo.yaml", "./recipes/msdm-demo.yaml", "s3://b/r.yaml", "/shared/r.yaml", "a=b.yaml"):
+        jobs.check_named(["train", found], folder, files)
+    with pytest.raises(
+        UserError, match=r"there is no recipes/msdm-dmo.yaml in .*: did you mean 'recipes/msdm-demo.yaml'\?"
+    ):
+        jobs.check_named(["train", "recipes/msdm-dmo.yaml"], folder, files)
+    for lost in ("runs/a/recipe.yaml", "../outside.yaml"):
+        with pytest.raises(UserError, match=f"{lost} is not uploaded"):
+            jobs.check_named(["sweep", lost], folder, files)
 
 
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(
@@ -56,17 +71,17 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(
     monkeypatch.setattr(jobs, "UPLOAD_BYTES", 3 * 2**20)
     write(tmp_path, "small.py")
     write(tmp_path, "volumes/b.nii", size=2 * 2**20)
-    assert jobs.check_size(tmp_path) == 2 * 2**20 + 10
+    jobs.check_size(tmp_path, jobs.files_to_upload(tmp_path))
     write(tmp_path, "volumes/a.nii", size=3 * 2**20)
     with pytest.raises(UserError, match=r"has 5\.0 MiB to upload, the job server takes 3\.0 MiB") as caught:
-        jobs.check_size(tmp_path)
+        jobs.check_size(tmp_path, jobs.files_to_upload(tmp_path))
     assert "the largest: volumes/a.nii (3.0 MiB), volumes/b.nii (2.0 MiB), small.py" in str(caught.value)
     with pytest.raises(UserError, match="there is no folder"):
-        jobs.check_size(tmp_path / "nowhere")
+        jobs.files_to_upload(tmp_path / "nowhere")
 
 
 def test_variables_go_by_name_and_never_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, "medsynth.py")
+    write(tmp_path, "medsynth.py", "r.yaml")
     environment = {
         "AWS_ENDPOINT_URL": "http://store:9000",
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -107,6 +122,7 @@ def test_what_is_asked_for_by_name_is_the_users_business(uri: str) -> None:
 
 
 def test_a_job_says_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path, "r.yaml", "recipes/msdm-demo.yaml")
     job = jobs.prepare(["train", "recipes/msdm-demo.yaml", "--set", "a.b=c d"], folder=tmp_path, environment={})
     assert job.id.startswith("train-msdm-demo-2")
     assert job.metadata == {
@@ -168,7 +184,7 @@ def test_a_command_that_could_not_run_is_refused_before_the_cluster_is_asked(com
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
-    write(tmp_path, "medsynth.py")
+    write(tmp_path, "medsynth.py", "r.yaml")
     address = f"http://127.0.0.1:{free_port()}"
     said = f"no job server answers at {address}"
     command = ["train", "r.yaml", "--run", "a"]

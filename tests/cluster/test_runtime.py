@@ -1,5 +1,6 @@
 """Connecting to Ray: an own cluster, a wrong address, a job too large."""
 
+import json
 import signal
 import sys
 
@@ -10,6 +11,7 @@ import ray
 from cluster import runtime
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.provenance import RAY_JOB_VARIABLE
 from tests.servers import free_port
 
 
@@ -33,7 +35,7 @@ def test_an_address_of_another_kind_is_explained(address: str, monkeypatch: pyte
 
 def test_what_a_job_would_lose_with_its_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.check_outlives_job("runs")
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv(RAY_JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": "a-job"}}))
     for kept in ("s3://bucket/runs", "/shared/runs", "file:///shared/runs"):
         runtime.check_outlives_job(kept)
     with pytest.raises(UserError, match=r"cluster\.storage=demo/runs would be lost with the job's folder"):
