@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cluster import doctor_cli, jobs_cli
 from cluster.errors import UserError
 from cluster.stack_cli import app as stack
 from data_shards.cli import app as shards
@@ -35,6 +36,9 @@ app.command()(compare_cli.compare)
 app.command()(promote_cli.promote)
 app.command()(trainers.plan)
 app.command()(trainers.export)
+app.command(context_settings={"allow_interspersed_args": False})(jobs_cli.submit)
+app.add_typer(jobs_cli.app, name="jobs", help="Jobs of a Ray cluster: list, status, logs, stop.")
+app.command()(doctor_cli.doctor)
 app.add_typer(stack, name="stack", help="S3, MLflow and Ray as servers on this machine.")
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from cluster.provenance import git_commit
 from sweeps.journal import Journal
 from sweeps.spec import SweepSpec, Trial
-from trainers.code_version import git_commit
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 

@@ -93,6 +93,14 @@ def register(tracker: Tracker, folders: Sequence[Path], *, name: str, tags: Mapp
         return int(client.create_model_version(name, source, run_id=tracker.run_id, tags=dict(tags)).version)
 
 
+def check_rights(tracking_uri: str) -> None:
+    """Raise TrackingError if registered models may not be made here; leaves nothing behind."""
+    client, name = connect(tracking_uri), f"medsynth-doctor-{uuid4().hex[:12]}"
+    with explained(tracking_uri, "registry"):
+        client.create_registered_model(name)
+        client.delete_registered_model(name)
+
+
 def describe_pyfunc(folder: Path, *, code_file: str, signature: ModelSignature, tracker: Tracker) -> None:
     """Write the file `MLmodel` that makes `folder`, or what it is uploaded beside, a model that MLflow serves.
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.provenance import ray_job
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,14 +66,17 @@ def connect(min_cpus: int) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with ExitStack() as own:
         try:
-            if address != "local":
-                _check_answers(address)
-                forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-                ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
-            else:
-                own.enter_context(_this_machine_alone())
-                num_cpus = max(min_cpus, os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+            with _own_end():
+                if address != "local":
+                    _check_answers(address)
+                    forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+                    # A job may have been given the same variables, which Ray otherwise takes for a contradiction.
+                    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+                    ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
+                else:
+                    own.enter_context(_this_machine_alone())
+                    num_cpus = max(min_cpus, os.cpu_count() or 1)
+                    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
@@ -99,6 +105,15 @@ def _this_machine_alone() -> Iterator[None]:
             os.environ[name] = variable
 
 
+@contextmanager
+def _own_end() -> Iterator[None]:
+    """Keep what this process does when it is to end (SIGTERM): Ray would exit at once, with nothing saved."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def _check_answers(address: str) -> None:
     """Knock at the cluster's door. Ray itself would go on knocking for minutes before it gives up.
 
@@ -116,6 +131,18 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ConnectionError(error.strerror or str(error)) from None
+
+
+def check_outlives_job(storage: str) -> None:
+    """Raise UserError when a job of a cluster is about to keep its results in the folder that it was uploaded to.
+
+    Ray deletes that some time after the job.
+    """
+    if ray_job() and "://" not in storage and not storage.startswith("/"):
+        raise UserError(
+            f"cluster.storage={storage} would be lost with the job's folder: give an s3:// URI, or an absolute path "
+            "that all nodes share"
+        )
 
 
 def check_capacity(

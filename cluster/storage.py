@@ -206,6 +206,11 @@ def check_writable(uri: str) -> None:
     delete(probe)
 
 
+def endpoint() -> str:
+    """The URL of the S3 server that this environment names."""
+    return str(_s3().meta.endpoint_url)
+
+
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The pyarrow filesystem of `uri` and the path in it, reaching the same endpoint as everything here."""
     if not is_remote(uri):
@@ -300,5 +305,6 @@ _REMEDIES = {
     "AccessDenied": "the AWS credentials do not allow it",
     "403": "the AWS credentials do not allow it",
     "InvalidAccessKeyId": "the AWS access key is not known there",
+    "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off; set it, as by NTP",
     "SignatureDoesNotMatch": "the AWS secret key does not fit the access key",
 }

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cluster.errors import UserError
+from cluster.provenance import ray_job
 
 # Read by mlflow when it is imported: its notices are not for our users' terminals.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -37,6 +38,7 @@ METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
 CERTIFICATES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")  # as MLflow and requests read them
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
+JOBS_TAG = "ray_jobs"  # of a run: the ids of the jobs of a Ray cluster that have worked on it
 SQLITE = "sqlite:///"
 URI, LOGIN = "MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
@@ -101,14 +103,18 @@ class Tracker:
                 raise UserError(f"the MLflow experiment '{experiment}' was deleted: restore it, or name another")
             else:
                 experiment_id = known.experiment_id
-            run = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+            run = client.create_run(experiment_id, run_name=run_name, tags={**_with_job(""), **tags})
         return cls(uri, run.info.run_id)
 
     @classmethod
     def resume(cls, run_id: str, tracking_uri: str) -> "Tracker":
         """Go on with a run that was begun earlier."""
+        client = connect(tracking_uri)
         with explained(tracking_uri):
-            connect(tracking_uri).update_run(run_id, status="RUNNING")
+            client.update_run(run_id, status="RUNNING")
+            jobs = client.get_run(run_id).data.tags.get(JOBS_TAG, "")
+            for key, value in _with_job(jobs).items():
+                client.set_tag(run_id, key, value)
         return cls(tracking_uri, run_id)
 
     @property
@@ -247,6 +253,24 @@ def find_run(run_id: str) -> Tracker | None:
             return None
         raise
     return Tracker(uri, run_id)
+
+
+def runs_of_job(job: str, tracking_uri: str) -> list[Tracker]:
+    """The runs that a job of a Ray cluster has worked on, first those that others are below. Raises TrackingError."""
+    client = connect(tracking_uri)
+    with explained(tracking_uri):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        like = f"tags.{JOBS_TAG} LIKE '%{job}%'"
+        found = client.search_runs(experiments, like, order_by=["attributes.start_time"])
+    of_job = [run for run in found if job in run.data.tags[JOBS_TAG].split()]
+    parents = sorted(of_job, key=lambda run: "mlflow.parentRunId" in run.data.tags)
+    return [Tracker(tracking_uri, run.info.run_id) for run in parents]
+
+
+def _with_job(jobs: str) -> Mapping[str, str]:
+    """The tag of a run that these jobs have worked on, once this one does; nothing outside a job."""
+    job = ray_job()
+    return {JOBS_TAG: f"{jobs} {job}".strip()} if job and job not in jobs.split() else {}
 
 
 def connect(tracking_uri: str) -> MlflowClient:

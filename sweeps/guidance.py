@@ -26,6 +26,7 @@ from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from data_shards import Manifest
@@ -34,7 +35,6 @@ from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep, SettingR
 from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.pareto import pareto_front
-from trainers.code_version import git_commit
 from trainers.evaluate import (
     EXPERIMENT,
     OnProgress,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Protocol
 
 import ray
@@ -26,6 +26,7 @@ from ray.tune.search import Searcher
 from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import (
     Status,
@@ -43,7 +44,6 @@ from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers.checkpoint_folders import checkpoint_folder
-from trainers.code_version import git_commit
 from trainers.launch import (
     Progress,
     RunStopped,
@@ -109,7 +109,9 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     """
     began = time.monotonic()
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
-    recipe = at_absolute_paths(space.recipe_of(spec, {}))
+    recipe = space.recipe_of(spec, {})
+    runtime.check_outlives_job(recipe.cluster.storage)
+    recipe = at_absolute_paths(recipe)
     manifest = check_recipe(recipe)
     for corner in corners:
         check_recipe(corner)
@@ -444,10 +446,10 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
             verbose=0,
         ),
     )
-    # Tune ends its trials on Ctrl-C; being ended is being interrupted.
+    # Tune ends its trials on Ctrl-C; being ended is being interrupted, even where Ray blocks Ctrl-C, as in a job.
     # What it logs of a lost trial is for those who develop Tune; on_trial_recover and on_trial_error say it in a line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _interrupted)
     try:
         tuner.fit()
     finally:
@@ -460,6 +462,13 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
         raise SweepStopped
     if conductor.since:
         conductor.watch.say("The budget is used up; trials that were cut off go on with --resume.")
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(number, frame)
 
 
 def _trial_name(trial: Any) -> str:

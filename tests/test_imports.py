@@ -15,6 +15,9 @@ DOORS = {
     "mlflow": {"cluster/tracking.py", "cluster/registry.py", "trainers/serving.py"},
     "ray": {
         "cluster/runtime.py",
+        "cluster/jobs.py",
+        "cluster/jobs_cli.py",  # for a type
+        "cluster/node_probe.py",
         "trainers/launch.py",
         "trainers/exporter.py",  # what a rank measures, for Ray's metrics exporter
         "sweeps/tune.py",

@@ -25,11 +25,11 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.evaluations import EVALUATION as EVALUATION_KIND
 from cluster.evaluations import FOLDER, KIND, PARENT
+from cluster.provenance import git_commit
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from data_shards.stream import read_images
-from trainers.code_version import git_commit
 from trainers.fidelity.alignment import caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (

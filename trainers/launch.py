@@ -31,10 +31,10 @@ from cluster import runtime, storage
 from cluster.checksums import checksums
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
+from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
-from trainers.code_version import git_commit
 from trainers.exporter import Exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
@@ -99,6 +99,7 @@ def train_recipe(
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
     """
+    runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
     family = family_of(recipe)
     manifest = check_recipe(recipe)

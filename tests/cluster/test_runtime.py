@@ -1,5 +1,9 @@
 """Connecting to Ray: an own cluster, a wrong address, a job too large."""
 
+import json
+import signal
+import sys
+
 import psutil
 import pytest
 import ray
@@ -7,6 +11,7 @@ import ray
 from cluster import runtime
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.provenance import RAY_JOB_VARIABLE
 from tests.servers import free_port
 
 
@@ -26,6 +31,26 @@ def test_an_address_of_another_kind_is_explained(address: str, monkeypatch: pyte
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={address} is no address of a cluster"), runtime.connect(1):
         pass
+
+
+def test_what_a_job_would_lose_with_its_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.check_outlives_job("runs")
+    monkeypatch.setenv(RAY_JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": "a-job"}}))
+    for kept in ("s3://bucket/runs", "/shared/runs", "file:///shared/runs"):
+        runtime.check_outlives_job(kept)
+    with pytest.raises(UserError, match=r"cluster\.storage=demo/runs would be lost with the job's folder"):
+        runtime.check_outlives_job("demo/runs")
+
+
+def test_being_ended_means_the_same_in_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler exits at once."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with runtime._own_end():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 GPU_NODE = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 7e11, "object_store_memory": 2e11}

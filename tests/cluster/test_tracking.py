@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from cluster.errors import UserError
-from cluster.tracking import Tracker, connect
+from cluster.provenance import RAY_JOB_VARIABLE
+from cluster.tracking import Tracker, connect, runs_of_job
 from tests.conftest import named_store
 from tests.servers import free_port
 
@@ -53,6 +54,15 @@ def test_a_step_logged_again_after_a_restart_is_not_doubled(tracker: Tracker) ->
     assert restarted.metric_history("loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert [step for step, _ in restarted.metric_history("late")] == [2, 3, 4]
     assert restarted.last_metrics() == {"loss": 0.4, "late": 1.0}
+
+
+def test_a_run_is_found_by_each_job_that_worked_on_it(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in ("first", "second", "second"):
+        monkeypatch.setenv(RAY_JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": job}}))
+        Tracker.resume(tracker.run_id, tracker.tracking_uri)
+    begun = Tracker.start(experiment="of a job", run_name="run", tags={"mlflow.parentRunId": tracker.run_id})
+    found = {job: [run.run_id for run in runs_of_job(job, tracker.tracking_uri)] for job in ("first", "second", "sec")}
+    assert found == {"first": [tracker.run_id], "second": [tracker.run_id, begun.run_id], "sec": []}
 
 
 def test_a_measured_checkpoint_is_a_model_with_its_figures(store: str) -> None:
