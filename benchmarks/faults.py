@@ -212,7 +212,7 @@ def a_hung_rank(world: World, training: Training) -> None:
 
 def fewer_machines(world: World, training: Training) -> None:
     """Only one is left, and some steps later all are there again."""
-    for machine in world.cluster.worker_nodes[1:]:
+    for machine in list(world.cluster.worker_nodes)[1:]:
         world.lose(machine)
     training.wait_for(training.step + 40)
     for _ in range(2):

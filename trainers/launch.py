@@ -255,8 +255,8 @@ def _train_stage(
             "tracker": tracker,
             "start_from": start_from,
         },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # as for validation_config below
+            num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.resize_seconds,
             use_gpu=cluster.use_gpu,
             resources_per_worker=resources,

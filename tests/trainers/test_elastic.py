@@ -51,7 +51,7 @@ def test_two_ranks_then_one_then_two_again(
     def change_the_cluster(progress: Progress) -> None:
         world_size = int(progress.metrics["world_size"])
         if world_size == 2 and not world_sizes:
-            machines.remove_node(machines.worker_nodes[0], allow_graceful=False)
+            machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
         if world_size == 1 and world_sizes[-1] == 2:
             machines.add_node(num_cpus=1)
         world_sizes.append(world_size)
