@@ -246,6 +246,12 @@ def _train_stage(
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
     beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
+    scaling = ray.train.ScalingConfig(  # type: ignore[call-arg] # Ray declares its first version's
+        num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
+        elastic_resize_monitor_interval_s=cluster.resize_seconds,
+        use_gpu=cluster.use_gpu,
+        resources_per_worker=resources,
+    )
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -255,12 +261,7 @@ def _train_stage(
             "tracker": tracker,
             "start_from": start_from,
         },
-        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # as for validation_config below
-            num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=cluster.resize_seconds,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker=resources,
-        ),
+        scaling_config=scaling,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
             name=stage,
