@@ -150,7 +150,7 @@ def test_an_exported_model_does_not_depend_on_where_it_was_made(
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     safetensors.torch.save_file(pipeline.unet.state_dict(), checkpoint / "ema.safetensors")
-    (checkpoint / "state.json").write_text('{"step": 6}')
+    (checkpoint / "state.json").write_text('{"step": 6, "ema_updates": 6}')
     exports = []
     for place in (tmp_path / "here", tmp_path / "over" / "there"):
         pipeline.vae.save_pretrained(place / "vae")
