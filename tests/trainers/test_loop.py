@@ -190,7 +190,8 @@ def test_several_ranks_equal_one(
                     assert metrics_2[step][name] == pytest.approx(metrics_1[step][name], rel=1e-5, abs=1e-5)
         assert weights_1.keys() == weights_2.keys()
         for name, value in weights_1.items():
-            torch.testing.assert_close(weights_2[name], value, rtol=1e-5, atol=1e-5)
+            # A tenth of one step of Adam, which makes a whole one of a gradient that is nothing but rounding.
+            torch.testing.assert_close(weights_2[name], value, rtol=1e-5, atol=1e-4)
         assert (pixels_1.int() - pixels_2.int()).abs().max() <= 1
 
 
