@@ -279,6 +279,7 @@ def small_msdm(folder: Path) -> Trained:
         folder / "recipe.yaml",
         f"data.shards={BUCKET}/shards",
         "cluster.num_workers=2",
+        "vae.training.micro_batch_size=4",
         "denoiser.training.micro_batch_size=8",
         "denoiser.training.log_every_steps=10",
         "denoiser.training.validate_every_steps=100",

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 
 from aiohttp import ClientSession, DummyCookieJar, web
@@ -72,12 +72,13 @@ class FaultProxy:
             response = web.StreamResponse(status=answer.status, headers=kept)
             if request.method != "HEAD":
                 response.content_length = len(content)
-            await response.prepare(request)
-            if fault is Fault.TRUNCATED:
-                await response.write(content[: len(content) // 2])
-                _cut(request)
-            elif request.method != "HEAD":
-                await response.write(content)
+            with suppress(ConnectionResetError):  # whoever asked is gone, as one that was killed meanwhile
+                await response.prepare(request)
+                if fault is Fault.TRUNCATED:
+                    await response.write(content[: len(content) // 2])
+                    _cut(request)
+                elif request.method != "HEAD":
+                    await response.write(content)
             return response
 
     async def _serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
