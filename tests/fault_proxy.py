@@ -1,6 +1,8 @@
 """A proxy before an HTTP server that fails as it is told: what a network and a storage service do on a bad day."""
 
 import asyncio
+import base64
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ class Fault(Enum):
 class FaultProxy:
     """Hands every request through, but for those that `decide` has a fault for."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, tls: ssl.SSLContext | None = None, login: str | None = None) -> None:
         self.decide: Callable[[str, str], Fault | None] = lambda method, path: None
         """(method, path with query) -> what is to fail. Called by another thread."""
         self.faults: Counter[Fault] = Counter()
@@ -34,6 +36,8 @@ class FaultProxy:
         """Set when a request stands still."""
         self.address = ""
         self._target = target
+        self._tls = tls
+        self._authorization = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
         self._released = threading.Event()
 
     def release(self) -> None:
@@ -43,6 +47,9 @@ class FaultProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         fault = self.decide(request.method, request.path_qs)
         body = await request.read()
+        is_asked = self._authorization is not None and request.path != "/health"
+        if is_asked and request.headers.get("Authorization") != self._authorization:
+            return web.Response(status=401, headers={"WWW-Authenticate": "Basic"})
         if fault is not None:
             self.faults[fault] += 1
         if fault in (Fault.ERROR, Fault.SLOW_DOWN):
@@ -59,7 +66,8 @@ class FaultProxy:
             self.stalled.set()
             while not self._released.is_set():
                 await asyncio.sleep(0.05)
-        headers = {name: value for name, value in request.headers.items() if name not in HOP_BY_HOP}
+        own = (*HOP_BY_HOP, "Authorization") if self._authorization else HOP_BY_HOP
+        headers = {name: value for name, value in request.headers.items() if name not in own}
         async with self._session.request(
             request.method,
             URL(self._target + request.raw_path, encoded=True),
@@ -88,10 +96,10 @@ class FaultProxy:
             application.router.add_route("*", "/{path:.*}", self._handle)
             runner = web.AppRunner(application, shutdown_timeout=0)
             await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
+            site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self._tls)
             await site.start()
             host, port = runner.addresses[0][:2]
-            self.address = f"http://{host}:{port}"
+            self.address = f"{'https' if self._tls else 'http'}://{host}:{port}"
             ready.set()
             await stop.wait()
             await runner.cleanup()
@@ -103,9 +111,13 @@ def _cut(request: web.Request) -> None:
 
 
 @contextmanager
-def fault_proxy(target: str) -> Iterator[FaultProxy]:
-    """A proxy on a free loopback port, in a thread of this process."""
-    proxy, ready, loop, stop = FaultProxy(target), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+def fault_proxy(target: str, *, tls: ssl.SSLContext | None = None, login: str | None = None) -> Iterator[FaultProxy]:
+    """A proxy on a free loopback port, in a thread of this process.
+
+    It may speak TLS, and ask for a login, USER:PASSWORD, for all but /health.
+    """
+    proxy, ready = FaultProxy(target, tls=tls, login=login), threading.Event()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(proxy._serve(ready, stop),), daemon=True)
     thread.start()
     try:

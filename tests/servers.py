@@ -1,7 +1,5 @@
 """Real servers on random loopback ports, ended with all their children."""
 
-import base64
-import http.client
 import os
 import signal
 import socket
@@ -13,16 +11,16 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
 from pathlib import Path
-from threading import Thread
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+
+from tests.fault_proxy import fault_proxy
 
 START_SECONDS = 180  # a busy machine takes a minute to import what they need
 
@@ -152,50 +150,5 @@ def behind_tls(url: str, folder: Path, login: str | None = None) -> Iterator[tup
     authority, own = certificates(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(own)
-    expected = f"Basic {base64.b64encode(login.encode()).decode()}" if login else None
-
-    class Proxy(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_one_request(self) -> None:
-            with suppress(OSError):  # a client that does not trust it hangs up
-                super().handle_one_request()
-
-        def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if expected and self.path != "/health" and self.headers.get("Authorization") != expected:
-                self.answer(401, b"", {"WWW-Authenticate": "Basic", "Content-Length": "0"})
-                return
-            connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-            own = ("Host", "Connection", "Expect", *(["Authorization"] if login else []))
-            kept = {k: v for k, v in self.headers.items() if k not in own}
-            connection.request(self.command, self.path, body, kept)
-            found = connection.getresponse()
-            dropped = ("transfer-encoding", "connection", "content-length")
-            headers = {k: v for k, v in found.getheaders() if k.lower() not in dropped}
-            content = found.read()
-            length = found.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(content))
-            self.answer(found.status, content, headers | {"Content-Length": length})
-            connection.close()
-
-        def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = forward  # noqa: N815 - the library's names
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    # The handshake is the request's own thread's: one that fails is no error of the server.
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"https://127.0.0.1:{server.server_port}", authority
-    finally:
-        server.shutdown()
-        server.server_close()
+    with fault_proxy(url, tls=context, login=login) as proxy:
+        yield proxy.address, authority
