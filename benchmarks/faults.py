@@ -38,10 +38,9 @@ from ray.cluster_utils import Cluster
 from benchmarks.sweep_trials import RESULTS, ROOT, circumstances, prepare, write_frames
 from cluster import storage
 from cluster.tracking import Tracker, find_run
-from data_shards.precompute import precompute
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.servers import free_port, mlflow_server, s3_server
-from trainers.recipe import FluxRecipe, Recipe, dump_recipe, load_recipe
+from trainers.recipe import Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 
 BUCKET = "s3://faults"
@@ -303,18 +302,10 @@ def flux_in_miniature(folder: Path) -> Trained:
         "transformer.training.checkpoint_every_steps=20",
         "tracking.register_as=null",
     )
-    assert isinstance(recipe, FluxRecipe)
     write_frames(recipe.data.shards, resize=recipe.data.resolution)
-    precompute(
-        recipe.data.shards,
-        recipe.data.precomputed,
-        pretrained=recipe.pretrained,
-        resolution=recipe.data.resolution,
-        max_tokens=recipe.max_tokens,
-        horizontal_flip=recipe.data.horizontal_flip,
-        extra_prompts=recipe.sampling.prompts,
-        batch_size=32,
-    )
+    path = folder / "flux.yaml"
+    path.write_text(dump_recipe(recipe))
+    subprocess.run([sys.executable, "-m", "medsynth", "shards", "precompute", str(path)], check=True)
     return Trained(recipe, "transformer", steps, None)
 
 

@@ -9,6 +9,7 @@ from cluster.digests import file_digest
 from cluster.errors import UserError
 
 SUMS = "SHA256SUMS"
+REMEDY = "restore its files, or train or register it again"
 
 
 def checksums(folders: Sequence[Path]) -> str:
@@ -44,9 +45,6 @@ def check_folder(folder: Path, sums: str, uri: str, *, ignoring: Collection[str]
             raise UserError(
                 f"{uri} is not what it was: {name} has SHA-256 {found[name]}, expected {expected[name]}; {REMEDY}"
             )
-
-
-REMEDY = "restore its files, or train or register it again"
 
 
 def _files(folder: Path) -> list[Path]:

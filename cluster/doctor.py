@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,14 +22,15 @@ from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster import storage
-from cluster.errors import UserError
+from cluster.environment import variables
+from cluster.errors import UserError, first_line
+from cluster.knock import knock
 
 PYTHON = (3, 11)
 FREE_DISK_BYTES = 5 * 10**9
@@ -115,7 +115,7 @@ def torch() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check("torch", False, _line(error), "pip install -c constraints.txt -e . in medsynth's folder")
+        return Check("torch", False, first_line(error), "pip install -c constraints.txt -e . in medsynth's folder")
     if not torch.cuda.is_available():
         found = f"{torch.__version__}, no GPU"
         if torch.version.cuda and _has_nvidia_driver():
@@ -128,7 +128,7 @@ def torch() -> Check:
             free, total = torch.cuda.mem_get_info(index)
             cards.append(f"{torch.cuda.get_device_name(index)} {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     except RuntimeError as error:
-        return Check("torch", False, _line(error), "a GPU does not answer: see nvidia-smi")
+        return Check("torch", False, first_line(error), "a GPU does not answer: see nvidia-smi")
     return Check("torch", True, f"{torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}; {'; '.join(cards)}")
 
 
@@ -208,7 +208,7 @@ def s3(bucket: str | None) -> Check:
     probe, content = storage.join(bucket, f".medsynth-doctor-{uuid4().hex[:12]}"), b"medsynth doctor"
     try:
         at = storage.endpoint()
-        _knock(at)
+        knock(at, ANSWER_SECONDS)
         storage.list_files(probe)
         storage.write_bytes(probe, content)
         try:
@@ -218,9 +218,11 @@ def s3(bucket: str | None) -> Check:
                 storage.delete(probe)
         gone = not storage.exists(probe)
     except OSError as error:
-        return Check(name, False, f"no server answers at {at} ({_line(error)})", "see AWS_ENDPOINT_URL and the network")
+        return Check(
+            name, False, f"no server answers at {at} ({first_line(error)})", "see AWS_ENDPOINT_URL and the network"
+        )
     except Exception as error:  # boto3 and its chain of credentials raise many kinds
-        return Check(name, False, _line(error), "see the AWS variables, and what they may do in this bucket")
+        return Check(name, False, first_line(error), "see the AWS variables, and what they may do in this bucket")
     if not same:
         return Check(name, False, f"{at} reads ranges wrongly", "it is no complete S3 server: use another")
     if not gone:
@@ -239,7 +241,7 @@ def mlflow_server(tracking_uri: str | None) -> Check:
         with _impatient(), explained(tracking_uri):
             connect(tracking_uri).search_experiments(max_results=1)
     except Exception as error:
-        return Check(name, False, _line(error), _TRACKING_REMEDY)
+        return Check(name, False, first_line(error), _TRACKING_REMEDY)
     version = _get(f"{without_secrets(tracking_uri)}/version")
     return Check(name, True, f"version {version or 'unknown'} at {without_secrets(tracking_uri)}")
 
@@ -255,7 +257,7 @@ def mlflow_registry(tracking_uri: str | None) -> Check:
         with _impatient():
             check_rights(tracking_uri)
     except Exception as error:
-        return Check(name, False, _line(error), _TRACKING_REMEDY)
+        return Check(name, False, first_line(error), _TRACKING_REMEDY)
     return Check(name, True, "models may be registered")
 
 
@@ -307,22 +309,8 @@ def shared_memory() -> Check:
 def _impatient() -> Iterator[None]:
     """MLflow's client would ask again for minutes."""
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(2 * ANSWER_SECONDS)}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
+    with variables(settings):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def _knock(url: str) -> None:
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname or "", port), ANSWER_SECONDS).close()
 
 
 def _get(url: str) -> str:
@@ -349,7 +337,3 @@ def _seconds_ahead(url: str) -> float | None:
 
 def _ahead(seconds: float) -> str:
     return f"{abs(seconds):.1f} s {'ahead' if seconds > 0 else 'behind'}"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

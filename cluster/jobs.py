@@ -7,7 +7,6 @@ import posixpath
 import re
 import secrets
 import shlex
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from cluster.errors import UserError, did_you_mean
+from cluster.errors import UserError, did_you_mean, first_line
+from cluster.knock import knock
 from cluster.provenance import COMMIT_VARIABLE, git_commit
 from cluster.runtime import FORWARDED_VARIABLES
 
@@ -239,9 +239,7 @@ class JobServer:
     @classmethod
     def connect(cls, address: str) -> "JobServer":
         try:  # Ray itself would wait for minutes
-            parts = urlsplit(address)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
+            knock(address, CONNECT_SECONDS)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no job server answers at {address} ({getattr(error, 'strerror', None) or error}): start the cluster "
@@ -347,7 +345,7 @@ def _explained(address: str, job: str | None = None) -> Iterator[None]:
             "RAY_AUTH_TOKEN_PATH to that of the cluster"
         ) from None
     except (ClientError, OSError, RuntimeError, ValueError, KeyError) as error:
-        message = (str(error).strip() or repr(error)).splitlines()[0]
+        message = first_line(error)
         if job and "404" in message:
             raise UserError(f"{address} knows no job '{job}': see 'medsynth jobs list'") from None
         if "404" in message:

@@ -24,6 +24,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.environment import variables
 from cluster.errors import UserError
 from cluster.nodes import Node
 from cluster.provenance import ray_job
@@ -93,16 +94,13 @@ def _this_machine_alone() -> Iterator[None]:
     Else it takes an address that other machines reach, and listens on all, whatever it is told. What says so is read
     from the environment when Ray is imported, by the processes that it starts too.
     """
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    variable = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[name]
-        if variable is not None:
-            os.environ[name] = variable
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

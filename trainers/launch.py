@@ -30,7 +30,7 @@ from torch import Tensor
 from cluster import runtime, storage
 from cluster.checksums import checksums
 from cluster.documents import parsing, read_json
-from cluster.errors import UserError
+from cluster.errors import UserError, first_line
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
@@ -504,7 +504,7 @@ def _measure_beside(
             uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
             tracker.log_checkpoint(uri, step, metrics, **data)
             return metrics
-    tracker.log_failure(f"fidelity at step {step}", (str(failure).strip() or repr(failure)).splitlines()[0])
+    tracker.log_failure(f"fidelity at step {step}", first_line(failure))
     return {}
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from cluster import storage
 from cluster.documents import parsing, read_json
-from cluster.errors import UserError
+from cluster.errors import UserError, first_line
 from cluster.tracking import Tracker, connect
 from trainers.run_folder import RunFolder
 
@@ -64,7 +64,7 @@ class Records:
                 return
             if time.monotonic() >= deadline:
                 self._save()
-                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                reason = first_line(error)
                 raise UserError(
                     f"MLflow did not take {len(self._waiting)} reports of {self._run.uri} ({reason}): they wait in "
                     f"{self._run.unrecorded}; nothing is lost: start the run again under its name when MLflow answers"
