@@ -44,6 +44,7 @@ def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
         ("cluster.num_workers=[1,3]", "x 3 workers"),
         ("cluster.num_workers=[2,1]", "num_workers [2, 1] is no range: give [fewest, most]"),
         ("cluster.num_workers=0", "greater than 0"),
+        ("cluster.num_workers=[2,x]", "cluster.num_workers: [2, 'x'] is neither a number greater than 0 nor"),
         ("denoiser.architecture.cross_attention=[true]", "cross_attention has 1 levels"),
         ("fidelity.every_steps=3", "fidelity.every_steps 3 is not a multiple of checkpoint_every_steps 2"),
         ("fidelity.every_step=2", "did you mean 'every_steps'"),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Marks of keys that hold paths: a place is a folder or s3:// prefix; weights may also be a hub id or a
 # package's; an extractor is KIND:WEIGHTS.
@@ -12,7 +12,6 @@ EXTRACTOR = "extractor"
 Place = Annotated[str, PLACE]
 Weights = Annotated[str, WEIGHTS]
 Extractor = Annotated[str, EXTRACTOR]
-Workers = Annotated[int, Field(gt=0)]
 
 
 class Block(BaseModel):
@@ -87,7 +86,7 @@ class Training(Block):
 
 
 class Cluster(Block):
-    num_workers: Workers | tuple[Workers, Workers] = 1
+    num_workers: int | tuple[int, int] = 1
     """Training processes (ranks); [fewest, most] starts with what the cluster has, and grows and shrinks with it."""
     cpus_per_worker: int = Field(default=1, gt=0)
     use_gpu: bool = False
@@ -103,11 +102,18 @@ class Cluster(Block):
     """How often a training with a range of workers looks for room for more. To grow, it starts again at its latest
     checkpoint."""
 
-    @model_validator(mode="after")
-    def _is_range(self) -> Self:
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers {list(self.worker_range)} is no range: give [fewest, most]")
-        return self
+    @field_validator("num_workers", mode="plain")
+    @classmethod
+    def _is_number_or_range(cls, value: object) -> int | tuple[int, int]:
+        """By hand: of a union pydantic tells what is wrong with each of its types."""
+        match value:
+            case int() if value > 0 and value is not True:
+                return value
+            case [int() as fewest, int() as most] if 0 < fewest <= most:
+                return fewest, most
+            case [int(), int()] if min(value) > 0:
+                raise ValueError(f"num_workers {list(value)} is no range: give [fewest, most]")
+        raise ValueError(f"{value!r} is neither a number greater than 0 nor [fewest, most]")
 
     @property
     def worker_range(self) -> tuple[int, int]:
