@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from typing import Literal
 
-Event = Literal["storage_read_retries", "storage_write_retries", "replaced_samples"]
+Event = Literal["storage_read_retries", "storage_write_retries", "replaced_samples", "cache_hits", "cache_misses"]
 
 _lock = threading.Lock()
 _counts: Counter[Event] = Counter()

@@ -3,6 +3,7 @@
 Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_URL included), in each process anew.
 """
 
+import hashlib
 import logging
 import os
 import shutil
@@ -78,6 +79,14 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     return data
 
 
+def sha256(uri: str, chunk_bytes: int = 2**23) -> str:
+    """Of what is at `uri`, of which no more than a chunk is in memory at a time."""
+    digest, total = hashlib.sha256(), size(uri)
+    for start in range(0, total, chunk_bytes):
+        digest.update(read_bytes(uri, start, min(chunk_bytes, total - start)))
+    return digest.hexdigest()
+
+
 def _get(request: dict[str, Any]) -> bytes:
     """An object's bytes. boto3 asks again for what is refused, but not for a body that breaks off or stands still."""
     for pause_seconds in READ_PAUSES_SECONDS:
@@ -141,15 +150,21 @@ def delete(uri: str) -> None:
 
 def list_files(uri: str) -> list[str]:
     """Names of all files below `uri`, relative to it and sorted; empty if there are none."""
+    return sorted(list_sizes(uri))
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file below `uri`, by its name relative to it; empty if there are none."""
     if not is_remote(uri):
         folder = _path(uri)
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     location = _location(join(uri, ""))
     with _explained("list", uri):
         pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
-        names = [found["Key"].removeprefix(location["Key"]) for page in pages for found in page.get("Contents", [])]
+        found = [(object["Key"], object["Size"]) for page in pages for object in page.get("Contents", [])]
+    named = ((key.removeprefix(location["Key"]), size) for key, size in found)
     # Some writers mark folders by empty objects whose names end in a slash.
-    return sorted(name for name in names if name and not name.endswith("/"))
+    return {name: size for name, size in named if name and not name.endswith("/")}
 
 
 def upload_folder(folder: Path, uri: str) -> None:

@@ -15,10 +15,10 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
 from data_shards.manifest import Manifest, ShardEntry
+from data_shards.reader import ShardReader
 from data_shards.sample import Record
 from data_shards.sources import Columns, medvqa_records, roco_records, table_records
-from data_shards.stream import read_samples
-from data_shards.writer import QUARANTINE, Settings, digest_of, write_shards
+from data_shards.writer import QUARANTINE, Settings, write_shards
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
@@ -111,7 +111,7 @@ def inspect(shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix o
     for split in manifest.splits:
         entries = manifest.split(split)
         samples = sum(shard.num_samples for shard in entries)
-        words = [len(c.split()) for sample in read_samples(shards, entries[0]) for c in sample.captions]
+        words = [len(c.split()) for sample in ShardReader(shards).read(entries[0]) for c in sample.captions]
         table.add_row(
             split,
             str(samples),
@@ -146,7 +146,7 @@ def verify(
     def fault(shard: ShardEntry) -> str | None:
         uri = storage.join(shards, shard.name)
         try:
-            found = digest_of(uri)
+            found = storage.sha256(uri)
         except storage.NotFoundError:
             return f"{shard.name}: missing"
         return None if found == shard.sha256 else f"{shard.name}: SHA-256 {found}, the manifest says {shard.sha256}"

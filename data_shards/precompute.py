@@ -8,7 +8,6 @@ The set is again plain WebDataset shards with a manifest, and follows from its a
 file stands a note of what it was made of, so that what is there already is not encoded again; the manifest comes last.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -30,11 +29,12 @@ from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.weights import component_digest, local_weights
 from data_shards.decode import ImageError, decode
-from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry
+from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry, index_name
 from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
+from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
-from data_shards.stream import Encoded, encoded_image, prefetched, read_samples
-from data_shards.writer import write_tar
+from data_shards.stream import prefetched
+from data_shards.writer import digest_of, write_tar
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def precompute(
     captions = [caption for piece in encoded for caption in piece.captions]
     # Extra prompts come last: others make another last file, and leave those before it.
     files = _encode_prompts(job, list(dict.fromkeys([EMPTY_PROMPT, *captions, *extra_prompts])))
-    _tidy(out, [*(piece.shard.name for piece in encoded), *(file.name for file in files)])
+    _tidy(out, [piece.shard.name for piece in encoded], [file.name for file in files])
     PromptIndex(files=tuple(files)).save(out)
     undecodable = sum(len(piece.undecodable) for piece in encoded)
     manifest = Manifest(
@@ -239,10 +239,6 @@ def _note(name: str) -> str:
     return f"{name}.json"
 
 
-def _made_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def _noted(out: str, name: str, made_of: str, kind: type[P]) -> P | None:
     """What the note beside a finished file says, if the file was made of the same."""
     note_uri = storage.join(out, _note(name))
@@ -265,9 +261,10 @@ def _make(out: str, name: str, made_of: str, make: Callable[[], P]) -> P:
     return piece
 
 
-def _tidy(out: str, wanted: Sequence[str]) -> None:
+def _tidy(out: str, shards: Sequence[str], prompt_files: Sequence[str]) -> None:
     """Remove what other arguments and killed processes left behind."""
-    kept = {*wanted, *map(_note, wanted)}
+    wanted = [*shards, *prompt_files]
+    kept = {*wanted, *map(_note, wanted), *map(index_name, shards)}
     for name in storage.list_files(out):
         if OURS.match(name) and name not in kept:
             storage.delete(storage.join(out, name))
@@ -283,18 +280,18 @@ def _encode_shards(job: Job, source: Manifest) -> list[EncodedShard]:
     pieces: list[EncodedShard] = []
     vae = None
     for shard in source.shards:
-        made_of = _made_of(shard.sha256, settings.components["vae"], settings.resolution, settings.horizontal_flip)
+        made_of = digest_of(shard.sha256, settings.components["vae"], settings.resolution, settings.horizontal_flip)
         piece = _noted(job.out, shard.name, made_of, EncodedShard)
         if piece is None:
             vae = vae or _load_vae(job)
-            piece = _make(job.out, shard.name, made_of, partial(_encode_shard, job, vae, shard))
+            piece = _make(job.out, shard.name, made_of, partial(_encode_shard, job, vae, shard, made_of))
         pieces.append(piece)
         done += shard.num_samples
         job.on_progress("encoding images", done, total)
     return pieces
 
 
-def _encode_shard(job: Job, vae: Any, shard: ShardEntry) -> EncodedShard:
+def _encode_shard(job: Job, vae: Any, shard: ShardEntry, made_of: str) -> EncodedShard:
     captions: dict[str, None] = {}
     undecodable: list[str] = []
 
@@ -305,7 +302,7 @@ def _encode_shard(job: Job, vae: Any, shard: ShardEntry) -> EncodedShard:
                 undecodable.append(sample.key)
             yield {"__key__": sample.key, ABOUT_MEMBER: sample.members[ABOUT_MEMBER], **moments}
 
-    entry = write_tar(samples(), job.out, name=shard.name, split=shard.split)
+    entry = write_tar(samples(), job.out, name=shard.name, split=shard.split, made_of=made_of)
     return EncodedShard(shard=entry, captions=tuple(captions), undecodable=tuple(undecodable))
 
 
@@ -326,9 +323,10 @@ def _decoded(job: Job, shard: ShardEntry) -> Iterator[tuple[list[Encoded], list[
             logger.warning("sample %s of %s has no moments: %s", sample.key, job.shards, error)
             return None
 
+    reader = ShardReader(job.shards)
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         for start in range(0, shard.num_samples, job.batch_size):
-            samples = read_samples(job.shards, shard, start, start + job.batch_size)
+            samples = reader.read(shard, start, start + job.batch_size)
             yield samples, list(pool.map(decoded, samples))
 
 
@@ -375,7 +373,7 @@ def _encode_prompts(job: Job, prompts: Sequence[str]) -> list[PromptFile]:
     for start in range(0, len(prompts), PROMPTS_PER_FILE):
         chunk = prompts[start : start + PROMPTS_PER_FILE]
         name = f"prompts-{start // PROMPTS_PER_FILE:06d}.safetensors"
-        made_of = _made_of(chunk, text_parts, settings.max_tokens, settings.dtypes)
+        made_of = digest_of(chunk, text_parts, settings.max_tokens, settings.dtypes)
         piece = _noted(job.out, name, made_of, PromptFile)
         if piece is None:
             encode = encode or _load_text_encoders(job)

@@ -6,40 +6,31 @@ Shards of images and precomputed sets, which hold latent moments in their place,
 """
 
 import io
-import json
 import logging
 import math
-import tarfile
-import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from webdataset.tariterators import group_by_keys
 
-from cluster import counters, storage
+from cluster import counters
 from cluster.documents import parsing
 from cluster.errors import UserError
+from data_shards.block_cache import BlockCache
 from data_shards.decode import ImageError, decode
-from data_shards.manifest import Manifest, Precomputed, ShardEntry
+from data_shards.manifest import Manifest, Precomputed, check_present
 from data_shards.plan import Place, Plan, Stretch, deal
-from data_shards.sample import (
-    ABOUT_MEMBER,
-    IMAGE_MEMBERS,
-    MIRRORED_MOMENTS_MEMBER,
-    MOMENTS_MEMBER,
-    Batch,
-    derive_seed,
-)
+from data_shards.reader import Encoded, ShardReader, encoded_image
+from data_shards.sample import MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER, Batch, derive_seed
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -48,17 +39,6 @@ WINDOW_SIZE = 64  # samples; a rank holds two windows for each sample of its sha
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A sample as it is in its shard."""
-
-    index: int
-    key: str
-    members: Mapping[str, bytes]
-    """By ending, as in `data_shards.sample`."""
-    captions: list[str]
 
 
 Open = Callable[[Encoded, bool], Tensor]
@@ -84,6 +64,7 @@ class ShardStream:
         world_size: int,
         horizontal_flip: bool = False,
         num_workers: int = 1,
+        cache: BlockCache | None = None,
     ) -> None:
         if global_batch_size % micro_batch_size:
             raise UserError(
@@ -109,6 +90,10 @@ class ShardStream:
             global_batch_size=global_batch_size,
             window_size=WINDOW_SIZE,
         )
+        check_present(shards_uri, self._shards)
+        # Each lane of this rank is in one shard at a time, and its next window may be in the next one.
+        lanes = -(-global_batch_size // world_size) + micro_batch_size
+        self._reader = ShardReader(shards_uri, cache=cache, indexes_kept=2 * lanes)
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._rank, self._world_size = rank, world_size
@@ -205,7 +190,7 @@ class ShardStream:
         """
         shard = self._shards[stretch.shard]
         first = self._first_index[stretch.shard] + stretch.start
-        return read_samples(self._uri, shard, stretch.start, stretch.stop, first_index=first)
+        return self._reader.read(shard, stretch.start, stretch.stop, first_index=first)
 
     def _batch(self, opened: Sequence[tuple[Encoded, Tensor]], seeds: list[int], flipped: list[bool]) -> Batch:
         with parsing(f"a batch of {self._uri}"):  # moments may be of several shapes
@@ -291,14 +276,6 @@ def _moments(sample: Encoded, mirrored: bool) -> Tensor:
     return _array(data)
 
 
-def encoded_image(sample: Encoded) -> bytes:
-    """Raises ImageError if the sample has none."""
-    for name in IMAGE_MEMBERS:
-        if name in sample.members:
-            return sample.members[name]
-    raise ImageError(f"the sample has no {' or '.join(IMAGE_MEMBERS)}")
-
-
 def _array(data: bytes) -> Tensor:
     """A member of moments, float32 [2C, h, w]. Raises ImageError for anything else; NumPy would make room for all that
     a header claims, and open zip archives."""
@@ -315,30 +292,6 @@ def _array(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(values), dtype=torch.float32).view(shape)
 
 
-def _expand(data: bytes) -> Iterator[dict[str, Any]]:
-    """Samples as WebDataset names them: one dictionary of members by extension for each key."""
-    files = ({"fname": name, "data": content, "__url__": ""} for name, content in _files(data))
-    samples: Iterator[dict[str, Any]] = group_by_keys(files)
-    return samples
-
-
-def _files(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a part of a tar. Raises ValueError for what takes no space there.
-
-    Links lead elsewhere, a sparse file may claim terabytes of zeros in a few bytes, and a size below zero leads
-    tarfile back to where it was, for ever. WebDataset's own reader takes all of these, and compressed tars.
-    """
-    end = 0
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if not member.isreg() or member.issparse():
-                raise ValueError(f"'{member.name}' is no plain file")
-            if member.size < 0 or member.offset_data < end or member.offset_data + member.size > len(data):
-                raise ValueError(f"'{member.name}' claims {member.size} bytes, which are not there")
-            end = member.offset_data + member.size
-            yield member.name, data[member.offset_data : end]
-
-
 def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
     """The same items, each computed in the background up to `depth` items before it is asked for."""
     end = object()
@@ -347,49 +300,3 @@ def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
         while (item := pending.popleft().result()) is not end:
             pending.append(background.submit(next, items, end))
             yield item  # type: ignore[misc]
-
-
-def read_samples(
-    shards_uri: str, shard: ShardEntry, start: int = 0, stop: int | None = None, *, first_index: int = 0
-) -> list[Encoded]:
-    """Samples [start, stop) of a shard as they are, by one ranged read; the first gets the index `first_index`.
-
-    Raises UserError naming the shard and the sample if the bytes are not those of the manifest.
-    """
-    entries = shard.samples[start:stop]
-    uri = storage.join(shards_uri, shard.name)
-    begin = entries[0].offset
-    data = storage.read_bytes(uri, begin, entries[-1].offset + entries[-1].length - begin)
-    for entry in entries:
-        found = zlib.crc32(data[entry.offset - begin : entry.offset - begin + entry.length])
-        if found != entry.crc32:
-            raise UserError(
-                f"{uri} is damaged at sample '{entry.key}': CRC-32 {found:08x}, the manifest says "
-                f"{entry.crc32:08x}; write the shards again, or fetch them again"
-            )
-    with parsing(f"{uri}, though its bytes are those of the manifest,"):
-        samples = [_encoded(first_index + i, members) for i, members in enumerate(_expand(data))]
-    if [sample.key for sample in samples] != [entry.key for entry in entries]:
-        raise UserError(f"{uri} holds other samples than the manifest says: write the shards again")
-    return samples
-
-
-def _encoded(index: int, members: Mapping[str, Any]) -> Encoded:
-    """Raises ValueError, KeyError or TypeError if it has no captions."""
-    captions = json.loads(members[ABOUT_MEMBER])["captions"]
-    if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"sample '{members['__key__']}' has no captions")
-    return Encoded(index, members["__key__"], members, captions)
-
-
-def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
-    """The encoded images of some samples, by key; one read for each, so for a few. Raises UserError for a lost one."""
-    wanted, found = set(keys), {}
-    for shard in Manifest.load(shards_uri).shards:
-        for number, entry in enumerate(shard.samples):
-            if entry.key in wanted:
-                [sample] = read_samples(shards_uri, shard, number, number + 1)
-                found[entry.key] = encoded_image(sample)
-    if missing := sorted(wanted - found.keys()):
-        raise UserError(f"{shards_uri} has no sample '{missing[0]}'")
-    return found

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 from webdataset.writer import TarWriter
@@ -23,7 +24,7 @@ from webdataset.writer import TarWriter
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import FORMATS, ImageError, open_image, to_rgb
-from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
+from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
 from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
@@ -121,12 +122,17 @@ def write_shards(
 
 
 def write_shard(piece: Piece, out: str, resize: int | None) -> ShardEntry:
-    """Write one shard, whole or not at all, and describe it; if the very bytes are there already, only describe it."""
-    return write_tar((_members(sample, resize) for sample in piece.samples), out, name=piece.name, split=piece.split)
+    """Write one shard, whole or not at all, and describe it; one made of the same before is only described."""
+    made_of = digest_of([_content(sample) for sample in piece.samples], resize)
+    return ShardIndex.finished(out, name=piece.name, split=piece.split, made_of=made_of) or write_tar(
+        (_members(sample, resize) for sample in piece.samples), out, name=piece.name, split=piece.split, made_of=made_of
+    )
 
 
-def write_tar(samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: str, split: str) -> ShardEntry:
-    """Write samples, each its `__key__` and its members by ending, as `write_shard` does."""
+def write_tar(
+    samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: str, split: str, made_of: str
+) -> ShardEntry:
+    """Write a shard of samples, each its `__key__` and its members by ending, then its index, and describe it."""
     entries: list[SampleEntry] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
@@ -140,22 +146,16 @@ def write_tar(samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: s
             entries = [_with_crc(entry, file) for entry in entries]
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = ShardEntry(
-            name=name,
-            split=split,
-            num_bytes=path.stat().st_size,
-            sha256=sha256,
-            samples=tuple(entries),
-        )
-        uri = storage.join(out, name)
-        if not (storage.exists(uri) and storage.size(uri) == shard.num_bytes and digest_of(uri) == sha256):
-            storage.upload_file(path, uri)
-    return shard
+        index = ShardIndex(made_of=made_of, num_bytes=path.stat().st_size, sha256=sha256, samples=tuple(entries))
+        if storage.exists(index_uri := storage.join(out, index_name(name))):
+            storage.delete(index_uri)  # an index never speaks of another shard than is there
+        storage.upload_file(path, storage.join(out, name))
+    return index.save(out, name=name, split=split)
 
 
-def digest_of(uri: str) -> str:
-    """SHA-256 of what is at `uri`."""
-    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # --- checking ---
@@ -353,13 +353,15 @@ def _with_crc(entry: SampleEntry, file: io.BufferedRandom) -> SampleEntry:
 
 def _fingerprint(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> str:
     """Equal for equal samples and settings: what decides whether there is anything to write."""
-    content = [
-        [split, s.key, s.crc32, s.record.captions, s.record.group, s.record.licence]
-        for split, part in parts.items()
-        for s in part
-    ]
+    content = [[split, _content(sample)] for split, part in parts.items() for sample in part]
     how = [settings.name, settings.samples_per_shard, settings.seed, settings.resize, dict(settings.splits)]
-    return hashlib.sha256(json.dumps([content, how]).encode()).hexdigest()
+    return digest_of(content, how)
+
+
+def _content(sample: Checked) -> list[Any]:
+    """What a sample's members follow from."""
+    record = sample.record
+    return [sample.key, sample.crc32, record.captions, record.source_id, record.group, record.licence]
 
 
 def _finished(out: str, fingerprint: str, overwrite: bool) -> Manifest | None:
@@ -373,7 +375,8 @@ def _finished(out: str, fingerprint: str, overwrite: bool) -> Manifest | None:
             f"{out} holds shards made of other input or with other settings: choose another --out, "
             "or replace them with --overwrite"
         )
-    for name in [*(shard.name for shard in existing.shards), MANIFEST]:
+    shards = [name for shard in existing.shards for name in (shard.name, shard.index_name)]
+    for name in [MANIFEST, *shards]:
         if storage.exists(storage.join(out, name)):
             storage.delete(storage.join(out, name))
     return None

@@ -5,6 +5,7 @@ small on disk and vast in memory is built by hand below.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -34,10 +35,10 @@ from cluster.errors import UserError
 from cluster.weights import component_config, weight_files
 from data_shards import Manifest, PromptStore
 from data_shards.decode import ImageError, decode
-from data_shards.manifest import ShardEntry
+from data_shards.manifest import SampleEntry, ShardEntry, ShardIndex, read_index
 from data_shards.prompts import write_prompts
+from data_shards.reader import Encoded, ShardReader
 from data_shards.sources.table import Columns, read_rows, records_of
-from data_shards.stream import read_samples
 from data_shards.writer import write_tar
 from sweeps.spec import load_spec
 from trainers import checkpoint, sharded_checkpoint
@@ -92,29 +93,47 @@ def shard() -> bytes:
         samples: list[dict[str, str | bytes]] = [
             {"__key__": f"k{i}", "png": image("L", "PNG"), "json": about} for i in range(2)
         ]
-        write_tar(samples, folder, name="s.tar", split="train")
+        write_tar(samples, folder, name="s.tar", split="train", made_of="")
         return (Path(folder) / "s.tar").read_bytes()
 
 
-def entry_of(data: bytes, *keys: str) -> ShardEntry:
-    """What a manifest says of these bytes, if whoever wrote them wrote it too: one sample, or several."""
+def described(folder: Path, data: bytes, *keys: str) -> ShardEntry:
+    """What index and manifest say of these bytes, if whoever wrote them wrote those too: one sample, or several."""
     ends = [len(data) * number // len(keys) for number in range(len(keys) + 1)]
     parts = zip(keys, ends, ends[1:], strict=False)
-    samples = [(key, start, stop - start, zlib.crc32(data[start:stop])) for key, start, stop in parts if stop > start]
-    return ShardEntry.model_validate(
-        {"name": "s.tar", "split": "train", "num_bytes": len(data), "sha256": "", "samples": samples}
+    samples = tuple(
+        SampleEntry(key, start, stop - start, zlib.crc32(data[start:stop]))
+        for key, start, stop in parts
+        if stop > start
     )
+    index = ShardIndex(made_of="", num_bytes=len(data), sha256="", samples=samples)
+    return index.save(str(folder), name="s.tar", split="train")
 
 
 def parse_shard(path: Path) -> Any:
     data = path.read_bytes()
-    return read_samples(str(path.parent), entry_of(data, "k0", "k1")) if data else None
+    return ShardReader(str(path.parent)).read(described(path.parent, data, "k0", "k1")) if data else None
+
+
+def shard_index() -> bytes:
+    with TemporaryDirectory() as folder:
+        described(Path(folder), shard(), "k0", "k1")
+        return (Path(folder) / "s.tar.index.json").read_bytes()
+
+
+def parse_shard_index(path: Path) -> Any:
+    """As whoever wrote it described it in the manifest."""
+    described_by = {"index_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": len(shard())}
+    entry = ShardEntry(name="s.tar", split="train", num_samples=2, sha256="", **described_by)  # type: ignore[arg-type]
+    return read_index(str(path.parent), entry)
 
 
 def manifest() -> bytes:
+    with TemporaryDirectory() as folder:
+        entry = described(Path(folder), shard(), "k")
     document = {
         **{"name": "s", "source": {}, "split_rule": "", "groups": {}, "captions": {}, "licences": {}},
-        **{"quarantined": {}, "conversions": {}, "shards": [json.loads(entry_of(shard(), "k").model_dump_json())]},
+        **{"quarantined": {}, "conversions": {}, "shards": [entry.model_dump()]},
     }
     return json.dumps(document).encode()
 
@@ -138,7 +157,7 @@ def parse_prompts_index(path: Path) -> Any:
 
 
 def moments(data: bytes) -> Any:
-    from data_shards.stream import Encoded, _moments
+    from data_shards.stream import _moments
 
     return _moments(Encoded(0, "k", {"moments.npy": data}, ["a"]), False)
 
@@ -244,6 +263,7 @@ PARSERS = {
     "gates": Parser("gates.yaml", files("recipes/gates/default.yaml"), lambda path: load_gates(str(path))),
     "document": Parser("run.json", texts({"run_id": "a", "tracking_uri": "b"}), lambda path: read_json(str(path))),
     "manifest": Parser("manifest.json", lambda: [manifest()], lambda path: Manifest.load(str(path.parent))),
+    "index of a shard": Parser("s.tar.index.json", lambda: [shard_index()], parse_shard_index),
     "prompts": Parser("prompts.json", lambda: [prompts_index()], parse_prompts_index),
     "shard": Parser("s.tar", lambda: [shard()], parse_shard),
     "image": Parser("image", images, lambda path: decode(path.read_bytes(), 16)),
@@ -414,7 +434,7 @@ def test_hostile_tars_are_refused(kind: str, tmp_path: Path) -> None:
     data, said = TARS[kind]
     (tmp_path / "s.tar").write_bytes(data)
     with pytest.raises(UserError, match=rf"s.tar.*({said})"):
-        read_samples(str(tmp_path), entry_of(data, "k"))
+        ShardReader(str(tmp_path)).read(described(tmp_path, data, "k"))
 
 
 @pytest.mark.parametrize("name", ["../s.tar", "/etc/passwd", "a/b", "..", ""])
@@ -429,11 +449,10 @@ def test_a_manifest_names_no_file_outside_its_folder(name: str, tmp_path: Path) 
 def test_a_shard_shorter_than_its_manifest_says(tmp_path: Path) -> None:
     """No memory is taken for what is not there."""
     (tmp_path / "s.tar").write_bytes(b"x")
-    entry = ShardEntry.model_validate(
-        {"name": "s.tar", "split": "train", "num_bytes": 2**50, "sha256": "", "samples": [("k", 0, 2**50, 0)]}
-    )
+    index = ShardIndex(made_of="", num_bytes=2**50, sha256="", samples=(SampleEntry("k", 0, 2**50, 0),))
+    entry = index.save(str(tmp_path), name="s.tar", split="train")
     with pytest.raises(storage.StorageError, match="ends early: asked for 1125899906842624 bytes at 0, got 1"):
-        read_samples(str(tmp_path), entry)
+        ShardReader(str(tmp_path)).read(entry)
 
 
 def test_moments_that_claim_a_tebibyte() -> None:

@@ -18,6 +18,7 @@ import yaml
 from cluster import storage
 from cluster.tracking import Tracker, TrackingError, default_tracking_uri
 from data_shards import Manifest
+from data_shards.manifest import read_index
 from tests import servers
 
 USER, PASSWORD = "researcher", "planted pass/word@4711"
@@ -182,7 +183,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, bytes]]:
 def damage_a_shard(shards: str) -> None:
     shard = Manifest.load(shards).split("train")[0]
     data = bytearray(storage.read_bytes(storage.join(shards, shard.name)))
-    for entry in shard.samples:
+    for entry in read_index(shards, shard):
         data[entry.offset + 600] ^= 0xFF
     storage.write_bytes(storage.join(shards, shard.name), bytes(data))
 

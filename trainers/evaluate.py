@@ -29,7 +29,7 @@ from cluster.provenance import git_commit
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
-from data_shards.stream import read_images
+from data_shards.reader import read_images
 from trainers.fidelity.alignment import caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (

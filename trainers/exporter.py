@@ -35,6 +35,8 @@ COUNTERS: dict[counters.Event, str] = {
     "storage_read_retries": "Requests of a rank that read from S3 and were sent again.",
     "storage_write_retries": "Requests of a rank that write to S3 and were sent again.",
     "replaced_samples": "Samples that a rank could not decode, and another took their place.",
+    "cache_hits": "Blocks of shards that a rank found in its cache.",
+    "cache_misses": "Blocks of shards that a rank fetched into its cache.",
 }
 """Each rank's own, since it began: by run, stage and rank. There is none before the first event."""
 

@@ -20,10 +20,11 @@ import data_shards.precompute as precompute_module
 from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, Settings, ShardStream, check_precomputed, write_shards
+from data_shards.manifest import read_index
 from data_shards.precompute import precompute
 from data_shards.prompts import PromptIndex
+from data_shards.reader import ShardReader
 from data_shards.sources import medvqa_records
-from data_shards.stream import read_samples
 from tests.conftest import PREVIEW_PROMPTS
 from tests.data_shards.test_stream import global_batches, joined, shards_with_an_undecodable_sample
 
@@ -64,7 +65,7 @@ def moments_of(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def distinct_captions(shards: str) -> set[str]:
     manifest = Manifest.load(shards)
-    return {c for shard in manifest.shards for sample in read_samples(shards, shard) for c in sample.captions}
+    return {c for shard in manifest.shards for sample in ShardReader(shards).read(shard) for c in sample.captions}
 
 
 # --- the same training as from pixels ---
@@ -144,9 +145,10 @@ def test_damage_is_found_and_named(precomputed: str, tmp_path: Path) -> None:
     out = shutil.copytree(precomputed, tmp_path / "out")
     shard = Manifest.load(str(out)).split("train")[0]
     data = bytearray((out / shard.name).read_bytes())
-    data[shard.samples[1].offset + 700] ^= 1
+    damaged = read_index(str(out), shard)[1]
+    data[damaged.offset + 700] ^= 1
     (out / shard.name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{shard.name} is damaged at sample '{shard.samples[1].key}'"):
+    with pytest.raises(UserError, match=rf"{shard.name} is damaged at sample '{damaged.key}'"):
         global_batches(str(out), 5, 1, resolution=32)
 
 
@@ -160,7 +162,7 @@ def test_any_webdataset_reader_opens_it(shards: str, precomputed: str, vae: Auto
         dataset = webdataset.WebDataset(f"{precomputed}/{shard.name}", shardshuffle=False).decode()
         originals = webdataset.WebDataset(f"{shards}/{shard.name}", shardshuffle=False).decode("torchrgb")
         samples = list(dataset)
-        assert [sample["__key__"] for sample in samples] == [entry.key for entry in its_source.samples]
+        assert [sample["__key__"] for sample in samples] == [entry.key for entry in read_index(shards, its_source)]
         for sample, original in zip(samples, originals, strict=True):
             assert sample["json"] == original["json"]
             image = original["jpg" if "jpg" in original else "png"] * 2 - 1

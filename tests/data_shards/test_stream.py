@@ -1,7 +1,7 @@
 """The stream: the same batches at any number of ranks and threads, resumable, and damage is found and named."""
 
+import hashlib
 import io
-import json
 import tarfile
 import zlib
 from itertools import islice
@@ -16,6 +16,7 @@ from torch import Tensor
 from cluster import counters, storage
 from cluster.errors import UserError
 from data_shards import Batch, Manifest, Settings, ShardStream, write_shards
+from data_shards.manifest import ShardIndex, read_index
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
 from tests.conftest import write_small_shards
@@ -34,6 +35,10 @@ def stream(shards: str, **changes: Any) -> ShardStream:
         "world_size": 1,
     }
     return ShardStream(shards, **(settings | changes))
+
+
+def keys_of(shards: str, split: str) -> list[str]:
+    return [entry.key for shard in Manifest.load(shards).split(split) for entry in read_index(shards, shard)]
 
 
 def joined(batches: list[Batch]) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def test_resuming_at_a_step_continues_the_very_sequence(shards: str, step: int, 
 
 
 def test_an_epoch_has_each_sample_once_and_captions_change_between_epochs(shards: str) -> None:
-    train = [entry.key for shard in Manifest.load(shards).split("train") for entry in shard.samples]
+    train = keys_of(shards, "train")
     epochs = 4
     steps = -(-epochs * len(train) // GLOBAL)
     batches = global_batches(shards, steps, 2)
@@ -106,7 +111,7 @@ def test_one_pass_sees_each_sample_once_and_the_same_each_time(shards: str, worl
         ]
         return [batch for rank in ranks for batch in rank.one_pass(3, num_samples)]
 
-    expected = [entry.key for shard in Manifest.load(shards).split("validation") for entry in shard.samples]
+    expected = keys_of(shards, "validation")
     first = joined(passed())
     assert first["keys"] == expected
     assert not any(first["flipped"])
@@ -126,7 +131,7 @@ def test_reads_are_ranged_and_few(s3_shards: str, monkeypatch: pytest.MonkeyPatc
         return read_bytes(uri, start, length)
 
     monkeypatch.setattr(storage, "read_bytes", counted)
-    samples = len(Manifest.load(s3_shards).split("train")[0].samples)
+    samples = Manifest.load(s3_shards).split("train")[0].num_samples
     assert samples == 5
     one_rank = stream(s3_shards, global_batch_size=1, micro_batch_size=1, num_workers=0)
     keys = [step[0].keys[0] for step in islice(one_rank.batches(), one_rank.num_samples)]
@@ -149,7 +154,7 @@ def own_shards(small_source: Path, tmp_path: Path) -> str:
 def damage(shards: str, key_number: int, offset_in_sample: int) -> tuple[str, str]:
     """Flip a byte of one training sample; returns the names of its shard and of the sample."""
     shard = Manifest.load(shards).split("train")[0]
-    entry = shard.samples[key_number]
+    entry = read_index(shards, shard)[key_number]
     path = Path(shards) / shard.name
     data = bytearray(path.read_bytes())
     data[entry.offset + offset_in_sample] ^= 0xFF
@@ -160,14 +165,27 @@ def damage(shards: str, key_number: int, offset_in_sample: int) -> tuple[str, st
 @pytest.mark.parametrize("offset", [0, 600, 1000])
 def test_a_damaged_shard_is_an_error_that_names_shard_and_sample(own_shards: str, offset: int) -> None:
     shard, key = damage(own_shards, 2, offset)
-    with pytest.raises(UserError, match=rf"{shard} is damaged at sample '{key}'.*write the shards again"):
+    found = hashlib.sha256((Path(own_shards) / shard).read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=rf"{shard} is damaged at sample '{key}': .*SHA-256 {found}, the manifest says"):
         list(islice(stream(own_shards).batches(), 4))
 
 
-def test_a_truncated_shard_is_an_error_that_names_it(own_shards: str) -> None:
-    path = Path(own_shards) / Manifest.load(own_shards).split("train")[0].name
+def test_a_shard_that_is_missing_or_cut_off_is_named_at_the_start(own_shards: str) -> None:
+    """Not when training comes to it: the last shard of the split."""
+    path = Path(own_shards) / Manifest.load(own_shards).split("train")[-1].name
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match=rf"{path.name} ends early"):
+    with pytest.raises(UserError, match=rf"{path.name} has 2000 bytes, the manifest says"):
+        stream(own_shards)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path.name} is missing"):
+        stream(own_shards)
+
+
+def test_a_damaged_index_is_an_error_that_names_it(own_shards: str) -> None:
+    shard = Manifest.load(own_shards).split("train")[0]
+    path = Path(own_shards) / shard.index_name
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    with pytest.raises(UserError, match=rf"{path.name} is damaged: SHA-256 .*, the manifest says {shard.index_sha256}"):
         list(islice(stream(own_shards).batches(), 4))
 
 
@@ -196,18 +214,18 @@ def shards_with_an_undecodable_sample(tmp_path: Path) -> str:
     manifest = Manifest.load(str(out))
     (shard,) = manifest.shards
     data = bytearray((out / shard.name).read_bytes())
-    (entry,) = (entry for entry in shard.samples if entry.key == "bad")
+    (entry,) = (entry for entry in read_index(str(out), shard) if entry.key == "bad")
     with tarfile.open(fileobj=io.BytesIO(bytes(data[entry.offset : entry.offset + entry.length]))) as tar:
         member = tar.getmember("bad.png")
     at = entry.offset + member.offset_data
     data[at : at + member.size] = bytes(member.size)
     (out / shard.name).write_bytes(data)
-    # The manifest of such a writer describes its own bytes.
-    document = json.loads((out / "manifest.json").read_text())
-    for sample in document["shards"][0]["samples"]:
-        if sample[0] == "bad":
-            sample[3] = zlib.crc32(data[entry.offset : entry.offset + entry.length])
-    (out / "manifest.json").write_text(json.dumps(document))
+    # The index and the manifest of such a writer describe its own bytes.
+    crc32 = zlib.crc32(data[entry.offset : entry.offset + entry.length])
+    samples = tuple(e._replace(crc32=crc32) if e == entry else e for e in read_index(str(out), shard))
+    index = ShardIndex(made_of="", num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=samples)
+    described = index.save(str(out), name=shard.name, split=shard.split)
+    manifest.model_copy(update={"shards": (described,)}).save(str(out))
     return str(out)
 
 
@@ -219,7 +237,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(shards: str) -> None:
 
 
 def test_a_manifest_of_another_kind_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"format_version": 2}')
+    (tmp_path / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(UserError, match=r"manifest.json is damaged or of another version"):
         Manifest.load(str(tmp_path))
 

@@ -17,8 +17,9 @@ from cluster.errors import UserError
 from cluster.evaluations import evaluation_document
 from cluster.tracking import Tracker
 from data_shards import Manifest, Settings, write_shards
+from data_shards.manifest import read_index
+from data_shards.reader import read_images
 from data_shards.sources import medvqa_records
-from data_shards.stream import read_images
 from tests.conftest import DATA
 from trainers.evaluate import Request, evaluate, record_evaluation
 from trainers.evaluate_cli import name_for
@@ -84,7 +85,7 @@ def files(folder: str) -> dict[str, bytes]:
 
 def real_images(shards: str, split: str, out: Path) -> list[str]:
     """The images of a split as files, and their keys."""
-    keys = [entry.key for shard in Manifest.load(shards).split(split) for entry in shard.samples]
+    keys = [entry.key for shard in Manifest.load(shards).split(split) for entry in read_index(shards, shard)]
     out.mkdir()
     for number, data in enumerate(read_images(shards, keys).values()):
         (out / f"{number:03d}.jpg").write_bytes(data)

@@ -154,7 +154,16 @@ def write_manifest(shards: str) -> Manifest:
         licences={},
         quarantined={},
         conversions={},
-        shards=(ShardEntry(name="set-train-000000.tar", split="train", num_bytes=1, sha256="0" * 64, samples=()),),
+        shards=(
+            ShardEntry(
+                name="set-train-000000.tar",
+                split="train",
+                num_samples=1,
+                num_bytes=1,
+                sha256="0" * 64,
+                index_sha256="0" * 64,
+            ),
+        ),
     )
     manifest.save(shards)
     return manifest

@@ -12,8 +12,11 @@ import torch
 
 from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
+from data_shards.block_cache import BlockCache
+from data_shards.manifest import check_present
 from trainers.engines import Engine
 from trainers.recipe import Recipe, Training
+from trainers.recipe.blocks import Cache
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
 
@@ -49,6 +52,18 @@ class Family(Protocol):
         ...
 
 
+def check_splits(shards_uri: str, manifest: Manifest) -> None:
+    """Raises UserError if a shard of what training and validation read is not there."""
+    for split in ("train", "validation"):
+        check_present(shards_uri, manifest.split(split))
+
+
+def block_cache(cache: Cache | None) -> BlockCache | None:
+    if cache is None:
+        return None
+    return BlockCache(Path(cache.folder.removeprefix("file://")), int(cache.max_gigabytes * 1e9))
+
+
 def stream_from(
     shards_uri: str, recipe: Recipe, training: Training, split: str, *, rank: int, world_size: int
 ) -> ShardStream:
@@ -64,6 +79,7 @@ def stream_from(
         world_size=world_size,
         horizontal_flip=recipe.data.horizontal_flip,
         num_workers=recipe.data.num_workers,
+        cache=block_cache(recipe.data.cache),
     )
 
 

@@ -13,7 +13,7 @@ from cluster.errors import UserError
 from cluster.nodes import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
-from trainers.families import stream_from
+from trainers.families import check_splits, stream_from
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
 from trainers.recipe import FluxRecipe, Training
 from trainers.run_folder import RunFolder
@@ -58,8 +58,7 @@ def check(recipe: FluxRecipe) -> Manifest:
         horizontal_flip=recipe.data.horizontal_flip,
         prompts=recipe.sampling.prompts,
     )
-    for split in ("train", "validation"):
-        precomputed.split(split)
+    check_splits(recipe.data.precomputed, precomputed)
     return manifest
 
 

@@ -12,7 +12,7 @@ import torch
 from cluster.nodes import Node
 from data_shards import Manifest, ShardStream
 from trainers.engines import Engine
-from trainers.families import stream_from
+from trainers.families import check_splits, stream_from
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder, finished_model
 from trainers.stage import Stage
@@ -30,8 +30,7 @@ def check(recipe: MSDMRecipe) -> Manifest:
     from trainers.msdm.text_encoder import check_text_encoder
 
     manifest = Manifest.load(recipe.data.shards)
-    for split in ("train", "validation"):
-        manifest.split(split)
+    check_splits(recipe.data.shards, manifest)
     check_text_encoder(recipe.text_encoder)
     return manifest
 

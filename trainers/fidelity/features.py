@@ -20,7 +20,7 @@ from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, ShardEntry
-from data_shards.stream import encoded_image, read_samples
+from data_shards.reader import ShardReader, encoded_image
 from trainers.fidelity.extractors import Extractor, kept_extractor
 from trainers.pictures import to_pixels
 
@@ -129,9 +129,10 @@ def extract_share(
     keys: list[str] = []
     captions: list[tuple[str, ...]] = []
     batches: list[Tensor] = [torch.empty(0, extractor.record.dim)]
+    reader = ShardReader(shards_uri)
     for start in range(share.start, share.stop, batch_size):
         images: list[Tensor] = []
-        for sample in read_samples(shards_uri, share.shard, start, min(start + batch_size, share.stop)):
+        for sample in reader.read(share.shard, start, min(start + batch_size, share.stop)):
             try:
                 images.append(decode(encoded_image(sample), resolution))
             except ImageError as error:

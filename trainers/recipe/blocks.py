@@ -20,6 +20,23 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class Cache(Block):
+    """Shards kept on each machine's own disk, of use where they come from object storage for several epochs."""
+
+    folder: Place
+    """On each machine; ranks and trainings there share it."""
+    max_gigabytes: float = Field(gt=0)
+    """Of 10^9 bytes. What has not been used for longest goes first. Under 8 MiB for each of a global batch's samples
+    it serves little."""
+
+    @field_validator("folder")
+    @classmethod
+    def _is_local(cls, folder: str) -> str:
+        if "://" in folder.removeprefix("file://"):
+            raise ValueError(f"{folder} is no folder of a machine's own disk")
+        return folder
+
+
 class Data(Block):
     shards: Place
     """Folder or s3:// prefix that holds the shards and their manifest.json."""
@@ -29,6 +46,8 @@ class Data(Block):
     """Mirror half of the images. Leave off where captions say left or right."""
     num_workers: int = Field(default=1, ge=0)
     """Decoding threads per rank; 0 decodes in the training thread."""
+    cache: Cache | None = None
+    """Without one, shards are read from where they are in each epoch."""
 
 
 class Training(Block):

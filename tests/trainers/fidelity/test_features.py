@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, ShardStream
+from data_shards.manifest import read_index
 from tests.data_shards.test_stream import shards_with_an_undecodable_sample
 from trainers.fidelity import features as features_module
 from trainers.fidelity.encoders import ImageEncoder
@@ -83,7 +84,7 @@ def assert_same(found: ReferenceFeatures, expected: ReferenceFeatures) -> None:
 def test_features_are_of_the_images_that_training_sees_in_the_manifests_order(shards: str, counting: Counting) -> None:
     found = extract(shards, counting.extractor, batch_size=3)
     manifest = Manifest.load(shards)
-    entries = [entry for split in SPLITS for shard in manifest.split(split) for entry in shard.samples]
+    entries = [entry for split in SPLITS for shard in manifest.split(split) for entry in read_index(shards, shard)]
     assert found.keys == tuple(entry.key for entry in entries)
     assert found.features.dtype == np.float32
     assert max(counting.network.batch_sizes) == 3, "no more pixels in memory than one batch"

@@ -1,0 +1,116 @@
+"""Shards on a local disk, block by block; of what does not fit, the blocks not used for longest are given up."""
+
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cluster import counters, storage
+from cluster.errors import UserError
+from data_shards.manifest import ShardEntry
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 2**23
+KEPT = 0.9  # share of the limit to which each look brings down what is there
+LOOKED_AFTER = 0.01  # share of the limit that a process writes between two looks at what is there
+HALF_WRITTEN = "half-"
+
+
+class BlockCache:
+    """Blocks of shards in `folder`, at most `max_bytes` of them, shared by all processes that name it.
+
+    A block is known by its shard's SHA-256: shards written anew are never answered from blocks of the old. It takes
+    its name when it is whole. Ten processes writing at once stay within the limit, or where it is less than a hundred
+    blocks, may go over it by a block each.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, *, block_bytes: int = BLOCK_BYTES) -> None:
+        if max_bytes < block_bytes:
+            raise UserError(f"a cache of {max_bytes} bytes holds no block of {block_bytes}: give it more")
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._block_bytes = block_bytes
+        self._written = max_bytes  # since the last look: the first comes with the first block
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the cache {folder} cannot be made: {error.strerror}; name another folder") from None
+
+    def read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
+        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together."""
+        size = self._block_bytes
+        numbers = range(start // size, (start + length - 1) // size + 1)
+        blocks = {number: self._kept(shard, number) for number in numbers}
+        missing = [number for number, block in blocks.items() if block is None]
+        counters.count("cache_hits", len(blocks) - len(missing))
+        counters.count("cache_misses", len(missing))
+        for begin, end in _runs(missing):
+            data = storage.read_bytes(uri, begin * size, min(end * size, shard.num_bytes) - begin * size)
+            for number in range(begin, end):
+                blocks[number] = data[(number - begin) * size : (number - begin + 1) * size]
+                self._keep(shard, number, blocks[number] or b"")
+        skipped = start - numbers.start * size
+        return b"".join(block or b"" for block in blocks.values())[skipped : skipped + length]
+
+    def forget(self, shard: ShardEntry, start: int, length: int) -> None:
+        """Give up the blocks under these bytes of a shard, which turned out not to be its own."""
+        for number in range(start // self._block_bytes, (start + length - 1) // self._block_bytes + 1):
+            self._path(shard, number).unlink(missing_ok=True)
+
+    def _path(self, shard: ShardEntry, number: int) -> Path:
+        return self._folder / f"{shard.sha256}-{number:06d}"
+
+    def _kept(self, shard: ShardEntry, number: int) -> bytes | None:
+        path = self._path(shard, number)
+        try:
+            block = path.read_bytes()
+            os.utime(path)  # it is the last used now
+        except FileNotFoundError:  # never fetched, or given up by another process this very moment
+            return None
+        # After a power failure a file may have its name before its bytes.
+        expected = min(self._block_bytes, shard.num_bytes - number * self._block_bytes)
+        return block if len(block) == expected else None
+
+    def _keep(self, shard: ShardEntry, number: int, block: bytes) -> None:
+        """A cache that cannot be written, as on a full disk, is a slow one, no fault of the training."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=HALF_WRITTEN, delete=False) as file:
+                file.write(block)
+            Path(file.name).replace(self._path(shard, number))
+        except OSError as error:
+            logger.warning("a block is not kept in the cache %s: %s", self._folder, error.strerror)
+            return
+        self._written += len(block)
+        if self._written >= LOOKED_AFTER * self._max_bytes:
+            self._written = 0
+            self._give_up_oldest()
+
+    def _give_up_oldest(self) -> None:
+        """One process at a time; others need not wait, as it sees their blocks too."""
+        with (self._folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            found = []  # what killed processes left half written too, which will be the oldest one day
+            for entry in os.scandir(self._folder):
+                if not entry.name.startswith("."):
+                    with suppress(FileNotFoundError):
+                        found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+            over = sum(size for _, size, _ in found) - KEPT * self._max_bytes
+            for _, size, path in sorted(found):
+                if over <= 0:
+                    return
+                path.unlink(missing_ok=True)
+                over -= size
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges [begin, end) of the consecutive ones among sorted numbers."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number + 1 for number in numbers if number + 1 not in numbers]
+    return zip(starts, ends, strict=True)

@@ -1,0 +1,168 @@
+"""Samples out of shards: by ranged reads, checked against the manifest, and from tar members to fields."""
+
+import io
+import json
+import logging
+import math
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from webdataset.tariterators import group_by_keys
+
+from cluster import counters, storage
+from cluster.documents import parsing
+from cluster.errors import UserError
+from data_shards.block_cache import BlockCache
+from data_shards.decode import ImageError
+from data_shards.manifest import Manifest, SampleEntry, ShardEntry, read_index
+from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS
+
+logger = logging.getLogger(__name__)
+
+BLOCK = tarfile.BLOCKSIZE
+INDEXES_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample as it is in its shard."""
+
+    index: int
+    key: str
+    members: Mapping[str, bytes]
+    """By ending, as in `data_shards.sample`."""
+    captions: list[str]
+
+
+class ShardReader:
+    """Reads the shards at `shards_uri`, through `cache` if there is one. Keeps the indexes of some shards."""
+
+    def __init__(self, shards_uri: str, *, cache: BlockCache | None = None, indexes_kept: int = INDEXES_KEPT) -> None:
+        self._uri = shards_uri
+        self._cache = cache
+        self._index = lru_cache(indexes_kept)(partial(read_index, shards_uri))
+
+    def read(
+        self, shard: ShardEntry, start: int = 0, stop: int | None = None, *, first_index: int = 0
+    ) -> list[Encoded]:
+        """Samples [start, stop) of a shard, by one ranged read; the first gets the index `first_index`.
+
+        Raises UserError naming the shard and the sample if the bytes are not those of the manifest.
+        """
+        uri = storage.join(self._uri, shard.name)
+        entries = self._index(shard)[start:stop]
+        data = self._checked(uri, shard, entries)
+        with parsing(f"{uri}, though its bytes are those of the manifest,"):
+            samples = [_encoded(first_index + i, members) for i, members in enumerate(samples_in(data))]
+        if [sample.key for sample in samples] != [entry.key for entry in entries]:
+            raise UserError(f"{uri} holds other samples than the manifest says: write the shards again")
+        return samples
+
+    def _checked(self, uri: str, shard: ShardEntry, entries: Sequence[SampleEntry]) -> bytes:
+        """The bytes of consecutive samples. What a network or a cache got wrong is not wrong when read again."""
+        begin, length = entries[0].offset, entries[-1].offset + entries[-1].length - entries[0].offset
+        data = self._cache.read(uri, shard, begin, length) if self._cache else storage.read_bytes(uri, begin, length)
+        if _damaged(data, entries):
+            counters.count("storage_read_retries")
+            logger.warning("reading %s again: its bytes are not those of the manifest", uri)
+            if self._cache:
+                self._cache.forget(shard, begin, length)
+            data = storage.read_bytes(uri, begin, length)
+        if (bad := _damaged(data, entries)) is not None:
+            raise UserError(
+                f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the manifest "
+                f"says {shard.sha256}; write the shards again, or fetch them again"
+            )
+        return data
+
+
+def _damaged(data: bytes, entries: Sequence[SampleEntry]) -> SampleEntry | None:
+    """The first sample whose bytes are not those of the index."""
+    view, begin = memoryview(data), entries[0].offset
+    for entry in entries:
+        if zlib.crc32(view[entry.offset - begin : entry.offset - begin + entry.length]) != entry.crc32:
+            return entry
+    return None
+
+
+def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
+    """The encoded images of some samples, by key; one read for each, so for a few. Raises UserError for a lost one."""
+    wanted, found = set(keys), {}
+    reader = ShardReader(shards_uri)
+    for shard in Manifest.load(shards_uri).shards:
+        for number, entry in enumerate(read_index(shards_uri, shard)):
+            if entry.key in wanted:
+                [sample] = reader.read(shard, number, number + 1)
+                found[entry.key] = encoded_image(sample)
+    if missing := sorted(wanted - found.keys()):
+        raise UserError(f"{shards_uri} has no sample '{missing[0]}'")
+    return found
+
+
+def encoded_image(sample: Encoded) -> bytes:
+    """Raises ImageError if the sample has none."""
+    for name in IMAGE_MEMBERS:
+        if name in sample.members:
+            return sample.members[name]
+    raise ImageError(f"the sample has no {' or '.join(IMAGE_MEMBERS)}")
+
+
+def _encoded(index: int, members: Mapping[str, bytes]) -> Encoded:
+    """Raises ValueError, KeyError or TypeError if it has no captions."""
+    captions = json.loads(members[ABOUT_MEMBER])["captions"]
+    if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"sample '{members['__key__']!r}' has no captions")
+    return Encoded(index, str(members["__key__"]), members, captions)
+
+
+# --- tar ---
+
+
+def samples_in(data: bytes) -> Iterator[Mapping[str, bytes]]:
+    """Samples in a part of a tar as WebDataset names them: one dictionary of members by ending for each key."""
+    files = ({"fname": name, "data": content, "__url__": ""} for name, content in _files(data))
+    samples: Iterator[Mapping[str, bytes]] = group_by_keys(files)
+    return samples
+
+
+def _files(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in a part of a tar. Raises ValueError for what takes no space there."""
+    return iter(_plain_files(data) or _any_files(data))
+
+
+def _plain_files(data: bytes) -> list[tuple[str, bytes]] | None:
+    """As `_any_files`, ten times as fast, for what our writer and most others make: short names, no extensions."""
+    files, at = [], 0
+    while at < len(data):
+        header = data[at : at + BLOCK]
+        name = header[:100].rstrip(b"\0")
+        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
+        if not (is_plain and name.isascii() and len(name) < 100 and header[124:135].isdigit()):
+            return None
+        start = at + BLOCK
+        end = start + int(header[124:135], 8)
+        if end > len(data):
+            return None
+        files.append((name.decode(), data[start:end]))
+        at = start + math.ceil((end - start) / BLOCK) * BLOCK
+    return files
+
+
+def _any_files(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Raises ValueError for what takes no space there.
+
+    Links lead elsewhere, a sparse file may claim terabytes of zeros in a few bytes, and a size below zero leads
+    tarfile back to where it was, for ever. WebDataset's own reader takes all of these, and compressed tars.
+    """
+    end = 0
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"'{member.name}' is no plain file")
+            if member.size < 0 or member.offset_data < end or member.offset_data + member.size > len(data):
+                raise ValueError(f"'{member.name}' claims {member.size} bytes, which are not there")
+            end = member.offset_data + member.size
+            yield member.name, data[member.offset_data : end]
