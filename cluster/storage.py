@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from random import random
 from time import sleep
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ import boto3
 import pyarrow.fs
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
 from cluster import counters
 from cluster.errors import UserError
@@ -30,7 +31,8 @@ from cluster.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRANSFER_THREADS = 8
-READ_PAUSES_SECONDS = (0.5, 2.0)
+READ_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+READ_TIMEOUT_SECONDS = 20  # without a byte
 
 
 class StorageError(UserError):
@@ -88,14 +90,17 @@ def sha256(uri: str, chunk_bytes: int = 2**23) -> str:
 
 
 def _get(request: dict[str, Any]) -> bytes:
-    """An object's bytes. boto3 asks again for what is refused, but not for a body that breaks off or stands still."""
+    """An object's bytes. boto3 asks again for what is refused, four times, but not for a body that breaks off or
+    stands still; an epoch of many reads meets worse."""
     for pause_seconds in READ_PAUSES_SECONDS:
         try:
             return bytes(_s3().get_object(**request)["Body"].read())
-        except (HTTPClientError, IncompleteReadError) as error:
+        except (HTTPClientError, IncompleteReadError, FlexibleChecksumError, ClientError) as error:
+            if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                raise
             counters.count("storage_read_retries")
             logger.warning("reading s3://%s/%s again: %s", request["Bucket"], request["Key"], error)
-            sleep(pause_seconds)
+            sleep(pause_seconds * random())  # so that ranks refused together do not come back together
     return bytes(_s3().get_object(**request)["Body"].read())
 
 
@@ -255,7 +260,9 @@ def _location(uri: str) -> dict[str, str]:
 def _client(process: int) -> Any:
     client = boto3.session.Session().client(
         "s3",
-        config=Config(retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=60),
+        config=Config(
+            retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=READ_TIMEOUT_SECONDS
+        ),
     )
     client.meta.events.register("after-call.s3", _count_retries)
     client.meta.events.register("after-call-error.s3", _count_retries)

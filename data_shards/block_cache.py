@@ -34,9 +34,10 @@ class BlockCache:
         self._folder = folder
         self._max_bytes = max_bytes
         self._block_bytes = block_bytes
-        self._written = max_bytes  # since the last look: the first comes with the first block
+        self._written = 0  # since the last look
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._give_up_oldest()  # the limit may have been higher
         except OSError as error:
             raise UserError(f"the cache {folder} cannot be made: {error.strerror}; name another folder") from None
 
@@ -90,12 +91,9 @@ class BlockCache:
             self._give_up_oldest()
 
     def _give_up_oldest(self) -> None:
-        """One process at a time; others need not wait, as it sees their blocks too."""
+        """One process at a time, each after it has written: whoever writes last leaves all within the limit."""
         with (self._folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+            fcntl.flock(lock, fcntl.LOCK_EX)
             found = []  # what killed processes left half written too, which will be the oldest one day
             for entry in os.scandir(self._folder):
                 if not entry.name.startswith("."):

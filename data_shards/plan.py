@@ -70,6 +70,14 @@ def deal(num_micro_batches: int, rank: int, world_size: int) -> list[tuple[int, 
 HEAD, TAIL = -1, -2  # "lanes" of the samples outside the body
 
 
+MAX_WINDOW, MIN_WINDOW, WINDOWED = 64, 8, 4096
+
+
+def window_size(global_batch_size: int) -> int:
+    """Samples of a window: as many as are worth a request, but of all lanes together some WINDOWED at most."""
+    return min(MAX_WINDOW, max(MIN_WINDOW, WINDOWED // global_batch_size))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The order of a split's samples over all epochs."""

@@ -28,14 +28,13 @@ from cluster.errors import UserError
 from data_shards.block_cache import BlockCache
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import Manifest, Precomputed, check_present
-from data_shards.plan import Place, Plan, Stretch, deal
+from data_shards.plan import Place, Plan, Stretch, deal, window_size
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER, Batch, derive_seed
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-WINDOW_SIZE = 64  # samples; a rank holds two windows for each sample of its share of a global batch
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
@@ -88,7 +87,7 @@ class ShardStream:
             digest=manifest.order_digest,
             seed=seed,
             global_batch_size=global_batch_size,
-            window_size=WINDOW_SIZE,
+            window_size=window_size(global_batch_size),
         )
         check_present(shards_uri, self._shards)
         # Each lane of this rank is in one shard at a time, and its next window may be in the next one.

@@ -22,6 +22,7 @@ class Fault(Enum):
     SLOW_DOWN = auto()  # 503, as S3 asks for patience
     RESET = auto()  # the connection is cut
     TRUNCATED = auto()  # half of the body, then the connection is cut
+    HALTED = auto()  # half of the body, and then nothing until `release`
     STALLED = auto()  # what was sent is taken, and nothing is answered until `release`, then the request is done
 
 
@@ -82,8 +83,10 @@ class FaultProxy:
                 response.content_length = len(content)
             with suppress(ConnectionResetError):  # whoever asked is gone, as one that was killed meanwhile
                 await response.prepare(request)
-                if fault is Fault.TRUNCATED:
+                if fault in (Fault.TRUNCATED, Fault.HALTED):
                     await response.write(content[: len(content) // 2])
+                    while fault is Fault.HALTED and not self._released.is_set():
+                        await asyncio.sleep(0.05)
                     _cut(request)
                 elif request.method != "HEAD":
                     await response.write(content)

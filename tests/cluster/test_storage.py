@@ -205,3 +205,20 @@ def test_retries_of_what_fails_in_the_end_count_too(proxy: FaultProxy, bucket: s
         storage.write_bytes(f"{bucket}/x", b"0123")
     assert counters.counted() - before == {"storage_write_retries": proxy.faults[Fault.RESET] - 1}
     assert proxy.faults[Fault.RESET] > 1
+
+
+def test_a_read_outlives_a_service_that_refuses_longer_than_boto3_asks(proxy: FaultProxy, bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", b"0123")
+    proxy.decide = lambda method, path: Fault.ERROR if proxy.faults[Fault.ERROR] < 6 else None
+    assert storage.read_bytes(f"{bucket}/x") == b"0123"
+    assert proxy.faults[Fault.ERROR] == 6
+
+
+def test_a_read_that_stands_still_is_asked_for_again(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.5)
+    storage.forget_clients()
+    storage.write_bytes(f"{bucket}/x", bytes(100_000))
+    proxy.decide = lambda method, path: None if proxy.faults else Fault.HALTED
+    assert storage.read_bytes(f"{bucket}/x") == bytes(100_000)

@@ -2,30 +2,37 @@
 
 import hashlib
 import io
+import itertools
+import random
 import tarfile
 import zlib
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from cluster import counters, storage
 from cluster.errors import UserError
-from data_shards import Batch, Manifest, Settings, ShardStream, write_shards
+from data_shards import Batch, Manifest, Settings, ShardStream, plan, write_shards
 from data_shards.manifest import ShardIndex, read_index
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
+from data_shards.writer import write_tar
 from tests.conftest import write_small_shards
+from tests.fault_proxy import Fault, fault_proxy
 
 GLOBAL = 8
 
 
 def stream(shards: str, **changes: Any) -> ShardStream:
-    settings: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "split": "train",
         "resolution": 16,
         "global_batch_size": GLOBAL,
@@ -34,7 +41,7 @@ def stream(shards: str, **changes: Any) -> ShardStream:
         "rank": 0,
         "world_size": 1,
     }
-    return ShardStream(shards, **(settings | changes))
+    return ShardStream(shards, **(chosen | changes))
 
 
 def keys_of(shards: str, split: str) -> list[str]:
@@ -54,7 +61,7 @@ def joined(batches: list[Batch]) -> dict[str, Any]:
 def global_batches(shards: str, steps: int, world_size: int, *, start: int = 0, **changes: Any) -> list[dict[str, Any]]:
     """What all ranks together see at each step, in rank order."""
     ranks = [stream(shards, rank=rank, world_size=world_size, **changes).batches(start) for rank in range(world_size)]
-    return [joined([batch for rank in ranks for batch in next(rank)]) for _ in range(steps)]
+    return [joined([batch for rank in ranks for batch in next(rank) if batch.weight]) for _ in range(steps)]
 
 
 def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
@@ -143,7 +150,98 @@ def test_local_and_s3_shards_stream_the_same(shards: str, s3_shards: str) -> Non
     assert_same(global_batches(shards, 3, 2), global_batches(s3_shards, 3, 1))
 
 
+def tiny_shards(folder: Path, counts: list[int]) -> str:
+    """Shards of so many samples each, whose images are a few pixels."""
+    image = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "PNG")
+    shards = []
+    for number, count in enumerate(counts):
+        samples: list[dict[str, str | bytes]] = [
+            {"__key__": f"{number}-{i}", "png": image.getvalue(), "json": b'{"captions": ["a", "b"]}'}
+            for i in range(count)
+        ]
+        name = f"tiny-train-{number:06d}.tar"
+        shards.append(write_tar(samples, str(folder), name=name, split="train", made_of=""))
+    empty: dict[str, Any] = {"groups": {}, "captions": {}, "licences": {}, "quarantined": {}, "conversions": {}}
+    Manifest(name="tiny", source={}, split_rule="", shards=tuple(shards), **empty).save(str(folder))
+    return str(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    micro_batch_size=st.integers(1, 3),
+    micro_batches=st.integers(1, 5),
+    legs=st.lists(st.tuples(st.integers(1, 8), st.sampled_from([0, 1, 3]), st.integers(1, 4)), min_size=1, max_size=3),
+)
+def test_whatever_the_shards_ranks_and_workers_the_sequence_is_that_of_the_plan(
+    counts: list[int], micro_batch_size: int, micro_batches: int, legs: list[tuple[int, int, int]]
+) -> None:
+    """Each leg of a training goes on where the one before stopped, on other ranks with other workers."""
+    sizes = {"global_batch_size": micro_batch_size * micro_batches, "micro_batch_size": micro_batch_size}
+    seen, step = [], 0
+    with TemporaryDirectory() as folder:
+        shards = tiny_shards(Path(folder), counts)
+        planned = stream(shards, **sizes).plan
+        for world_size, num_workers, steps in legs:
+            for batch in global_batches(shards, steps, world_size, start=step, num_workers=num_workers, **sizes):
+                seen += list(zip(batch["keys"], batch["seeds"], strict=True))
+            step += steps
+    first = [sum(counts[:number]) for number in range(len(counts))]
+    slots = itertools.product(range(step), range(sizes["global_batch_size"]))
+    assert seen == [
+        (f"{shard}-{index}", derive_seed(3, epoch, first[shard] + index))
+        for epoch, shard, index in itertools.starmap(planned.sample, slots)
+    ]
+
+
 # --- faults ---
+
+
+READ_FAULTS = (Fault.ERROR, Fault.SLOW_DOWN, Fault.RESET, Fault.TRUNCATED, Fault.HALTED)
+
+
+def test_an_epoch_from_a_bad_service_is_the_very_epoch(
+    bucket: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in ten fails, each in one of five ways."""
+    shards = tiny_shards(tmp_path / "tiny", [80, 60, 60])
+    storage.upload_folder(tmp_path / "tiny", f"{bucket}/tiny")
+    monkeypatch.setattr(plan, "MAX_WINDOW", 2)  # many requests
+    steps = 50  # four samples each: an epoch
+    common = {"global_batch_size": 4, "num_workers": 2}
+    straight = global_batches(shards, steps, 2, **common)
+    assert len({key for batch in straight for key in batch["keys"]}) == 200
+    draws, kinds = random.Random(0), itertools.cycle(READ_FAULTS)
+    with fault_proxy(s3) as proxy:
+        proxy.decide = lambda method, path: next(kinds) if draws.random() < 0.1 else None
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.5)
+        storage.forget_clients()
+        before = counters.counted()
+        assert_same(global_batches(f"{bucket}/tiny", steps, 2, **common), straight)
+        retries = (counters.counted() - before)["storage_read_retries"]
+    assert proxy.faults.keys() == set(READ_FAULTS)
+    assert retries == sum(proxy.faults.values())
+
+
+def test_what_was_damaged_on_the_way_is_read_again(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = global_batches(shards, 3, 1)
+    read_bytes = storage.read_bytes
+    damaged: list[str] = []
+
+    def damage_first(uri: str, start: int = 0, length: int | None = None) -> bytes:
+        data = read_bytes(uri, start, length)
+        if not uri.endswith(".tar") or damaged:
+            return data
+        damaged.append(uri)
+        return data[:600] + bytes([data[600] ^ 1]) + data[601:]
+
+    monkeypatch.setattr(storage, "read_bytes", damage_first)
+    before = counters.counted()
+    assert_same(global_batches(shards, 3, 1), straight)
+    assert damaged
+    assert counters.counted() - before == {"storage_read_retries": 1}
 
 
 @pytest.fixture
@@ -209,8 +307,8 @@ def shards_with_an_undecodable_sample(tmp_path: Path) -> str:
     for i, name in enumerate(names):
         Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(source / "images" / f"{name}.png")
     (source / "prompt-gt.csv").write_text("Filename;Prompt\n" + "".join(f"{name}.png;x\n" for name in names))
-    settings = Settings(name="s", splits={"train": 1})
-    write_shards(medvqa_records(str(source)), str(out), settings, source={"uri": "x"})
+    split = Settings(name="s", splits={"train": 1})
+    write_shards(medvqa_records(str(source)), str(out), split, source={"uri": "x"})
     manifest = Manifest.load(str(out))
     (shard,) = manifest.shards
     data = bytearray((out / shard.name).read_bytes())
