@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_half_a_block_is_fetched_again(tmp_path: Path, shard: ShardEntry, left: 
 
 def test_a_damaged_block_is_given_up_and_read_from_the_shard(shards: str, tmp_path: Path) -> None:
     straight = global_batches(shards, 4, 1)
-    cached = {"cache": cache_in(tmp_path)}
+    cached: dict[str, Any] = {"cache": cache_in(tmp_path)}
     assert_same(global_batches(shards, 4, 1, **cached), straight)
     for path in (tmp_path / "cache").glob("*-*"):
         path.write_bytes(bytes(path.stat().st_size))
@@ -148,6 +149,7 @@ def test_what_cannot_be_a_cache_is_refused(tmp_path: Path) -> None:
 READER = """
 import random, sys
 from pathlib import Path
+from typing import Any
 from data_shards.block_cache import BlockCache
 from data_shards.manifest import ShardEntry
 shard, uri = ShardEntry.model_validate_json(sys.argv[1]), sys.argv[2]
