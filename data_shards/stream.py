@@ -10,23 +10,23 @@ import logging
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import counters
-from cluster.documents import parsing
 from cluster.errors import UserError
 from data_shards.block_cache import BlockCache
-from data_shards.decode import ImageError, decode
+from data_shards.decode import ImageError, decode_into
 from data_shards.manifest import Manifest, Precomputed, check_present
 from data_shards.plan import Place, Plan, Stretch, deal, window_size
 from data_shards.reader import Encoded, ShardReader, encoded_image
@@ -36,12 +36,23 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
+CHUNKS = 2  # of a step for each worker, so that none waits long for the last one
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
 
 
-Open = Callable[[Encoded, bool], Tensor]
-"""(sample, mirrored) -> what a batch holds of it. Raises ImageError if the sample cannot be used."""
+OpenInto = Callable[[NDArray[np.float32], Encoded, bool], None]
+"""(its place in a batch, sample, mirrored). Raises ImageError if the sample cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A rank's samples of a step, in whose inputs they are being opened."""
+
+    samples: list[Encoded]
+    seeds: list[int]
+    flipped: list[bool]
+    inputs: Tensor
 
 
 class ShardStream:
@@ -75,7 +86,8 @@ class ShardStream:
         """Samples that could not be decoded and gave their place to another."""
         self._uri = shards_uri
         self._is_precomputed = manifest.precomputed is not None
-        self._open = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
+        self._open_into = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
+        self._resolution = resolution
         self._shards = manifest.split(split)
         self._first_index = [0]
         for shard in self._shards:
@@ -120,51 +132,73 @@ class ShardStream:
         total = min(self.num_samples, num_samples or self.num_samples)
         first, last = (total * rank // self._world_size for rank in (self._rank, self._rank + 1))
         for start in range(first, last, micro_batch_size):
-            opened = []
-            for stretch in self._stretches(start, min(start + micro_batch_size, last)):
-                for sample in self.read(stretch):
-                    with suppress(ImageError):
-                        opened.append((sample, self._open(sample, False)))
+            stretches = self._stretches(start, min(start + micro_batch_size, last))
+            samples = [sample for stretch in stretches for sample in self.read(stretch)]
+            inputs = torch.empty(len(samples), *self._input_shape)
+            opened: list[Encoded] = []
+            for sample in samples:
+                with suppress(ImageError):
+                    self._open_into(inputs[len(opened)].numpy(), sample, False)
+                    opened.append(sample)
             if opened:
-                seeds = [derive_seed(self._seed, "one pass", sample.index) for sample, _ in opened]
-                yield self._batch(opened, seeds, [False] * len(opened))
+                seeds = [derive_seed(self._seed, "one pass", sample.index) for sample in opened]
+                yield self._batch(_Step(opened, seeds, [False] * len(opened), inputs[: len(opened)]))
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
         size = self._micro_batch_size
         dealt = deal(self._plan.global_batch_size // size, self._rank, self._world_size)
         own = list(dict.fromkeys(number for number, _ in dealt))
         slots = [slot for number in own for slot in range(number * size, (number + 1) * size)]
+        parts = {number: slice(at * size, (at + 1) * size) for at, number in enumerate(own)}
+        chunk_size = -(-len(slots) // (CHUNKS * max(1, self._num_workers)))
+        chunks = [range(len(slots))[start : start + chunk_size] for start in range(0, len(slots), chunk_size)]
         with (
             ThreadPoolExecutor(FETCH_THREADS) as fetchers,
-            ThreadPoolExecutor(max(1, self._num_workers)) as openers,
+            ThreadPoolExecutor(max(1, self._num_workers)) as workers,
         ):
             windows = _Windows(self, fetchers)
-            open_all = openers.map if self._num_workers else map
-            for step in count(start_step):
-                places = [self._plan.place(step, slot) for slot in slots]
-                samples = [windows.sample_at(place) for place in places]
-                seeds = [
-                    derive_seed(self._seed, place.epoch, sample.index)
-                    for place, sample in zip(places, samples, strict=True)
-                ]
-                flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
-                opened = list(open_all(self._open_or_replace, samples, flipped))
-                parts = {number: slice(at * size, (at + 1) * size) for at, number in enumerate(own)}
-                batches = {n: self._batch(opened[part], seeds[part], flipped[part]) for n, part in parts.items()}
+            begun: deque[tuple[_Step, list[Future[None]]]] = deque()
+            for number in count(start_step):
+                step = self._begin([self._plan.place(number, slot) for slot in slots], windows)
+                if self._num_workers:
+                    # While one step's samples are opened, the next one's are found.
+                    begun.append((step, [workers.submit(self._open, step, chunk) for chunk in chunks]))
+                    if len(begun) <= STEPS_AHEAD:
+                        continue
+                    step, opened = begun.popleft()
+                    for chunk in opened:
+                        chunk.result()
+                else:
+                    self._open(step, range(len(slots)))
+                batches = {number: self._batch(step, part) for number, part in parts.items()}
                 yield [replace(batches[number], weight=weight) for number, weight in dealt]
 
-    def _open_or_replace(self, sample: Encoded, mirrored: bool) -> tuple[Encoded, Tensor]:
-        """The sample and what is in it, or the next one of its shard that can be opened in its place.
+    def _begin(self, places: Sequence[Place], windows: "_Windows") -> _Step:
+        samples = [windows.sample_at(place) for place in places]
+        seeds = [derive_seed(self._seed, p.epoch, sample.index) for p, sample in zip(places, samples, strict=True)]
+        flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
+        return _Step(samples, seeds, flipped, torch.empty(len(samples), *self._input_shape))
+
+    def _open(self, step: _Step, numbers: Iterable[int]) -> None:
+        """Open samples of a step into their places, or in place of one the next of its shard that can be opened.
 
         Raises UserError if MAX_BAD_IN_A_ROW samples cannot.
         """
+        for number in numbers:
+            step.samples[number] = self._open_or_replace(
+                step.inputs[number].numpy(), step.samples[number], step.flipped[number]
+            )
+
+    def _open_or_replace(self, place: NDArray[np.float32], sample: Encoded, mirrored: bool) -> Encoded:
         for candidate in self._from(sample):
             try:
-                return candidate, self._open(candidate, mirrored)
+                self._open_into(place, candidate, mirrored)
             except ImageError as error:
                 self.replaced += 1
                 counters.count("replaced_samples")
                 logger.warning("sample %s of %s left out: %s", candidate.key, self._uri, error)
+            else:
+                return candidate
         raise UserError(f"no image can be read from sample '{sample.key}' of {self._uri} on: are these images?")
 
     def _from(self, sample: Encoded) -> Iterator[Encoded]:
@@ -191,17 +225,24 @@ class ShardStream:
         first = self._first_index[stretch.shard] + stretch.start
         return self._reader.read(shard, stretch.start, stretch.stop, first_index=first)
 
-    def _batch(self, opened: Sequence[tuple[Encoded, Tensor]], seeds: list[int], flipped: list[bool]) -> Batch:
-        with parsing(f"a batch of {self._uri}"):  # moments may be of several shapes
-            inputs = torch.stack([tensor for _, tensor in opened])
+    @cached_property
+    def _input_shape(self) -> tuple[int, ...]:
+        """Of what a batch holds of one sample."""
+        if not self._is_precomputed:
+            return 3, self._resolution, self._resolution
+        [first] = self.read(Stretch(0, 0, 1))
+        for candidate in self._from(first):
+            with suppress(ImageError):
+                return _moments(candidate, False).shape
+        raise UserError(f"no moments can be read from sample '{first.key}' of {self._uri} on: precompute it anew")
+
+    def _batch(self, step: _Step, part: slice = slice(None)) -> Batch:
+        samples, seeds = step.samples[part], step.seeds[part]
         return Batch(
-            inputs=inputs,
-            captions=[
-                sample.captions[derive_seed(seed, "caption") % len(sample.captions)]
-                for (sample, _), seed in zip(opened, seeds, strict=True)
-            ],
-            keys=[sample.key for sample, _ in opened],
-            flipped=flipped,
+            inputs=step.inputs[part],
+            captions=[_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)],
+            keys=[sample.key for sample in samples],
+            flipped=step.flipped[part],
             seeds=seeds,
             is_precomputed=self._is_precomputed,
         )
@@ -251,23 +292,35 @@ class _Windows:
         return [samples[i] for i in window.order]
 
 
-def _opener(uri: str, precomputed: Precomputed | None, resolution: int, horizontal_flip: bool) -> Open:
+def _caption(sample: Encoded, seed: int) -> str:
+    """One of a sample's captions."""
+    captions = sample.captions
+    return captions[derive_seed(seed, "caption") % len(captions)] if len(captions) > 1 else captions[0]
+
+
+def _opener(uri: str, precomputed: Precomputed | None, resolution: int, horizontal_flip: bool) -> OpenInto:
     """How samples are opened. Raises UserError if a precomputed set is not of this resolution, or lacks flips."""
     if precomputed is None:
-        return partial(_image, resolution=resolution)
+        return _open_image
     if precomputed.resolution != resolution:
         raise UserError(f"{uri} was precomputed at resolution {precomputed.resolution}, not {resolution}")
     if horizontal_flip and not precomputed.horizontal_flip:
         raise UserError(f"{uri} was precomputed without mirror images, which horizontal_flip asks for")
-    return _moments
+    return _open_moments
 
 
-def _image(sample: Encoded, mirrored: bool, *, resolution: int) -> Tensor:
-    image = decode(encoded_image(sample), resolution)
-    return image.flip(-1) if mirrored else image
+def _open_image(place: NDArray[np.float32], sample: Encoded, mirrored: bool) -> None:
+    decode_into(place, encoded_image(sample), mirrored=mirrored)
 
 
-def _moments(sample: Encoded, mirrored: bool) -> Tensor:
+def _open_moments(place: NDArray[np.float32], sample: Encoded, mirrored: bool) -> None:
+    moments = _moments(sample, mirrored)
+    if moments.shape != place.shape:
+        raise ImageError(f"its moments are {list(moments.shape)}, those of the first sample {list(place.shape)}")
+    place[...] = moments
+
+
+def _moments(sample: Encoded, mirrored: bool) -> NDArray[np.float32]:
     try:
         data = sample.members[MIRRORED_MOMENTS_MEMBER if mirrored else MOMENTS_MEMBER]
     except KeyError:
@@ -275,7 +328,7 @@ def _moments(sample: Encoded, mirrored: bool) -> Tensor:
     return _array(data)
 
 
-def _array(data: bytes) -> Tensor:
+def _array(data: bytes) -> NDArray[np.float32]:
     """A member of moments, float32 [2C, h, w]. Raises ImageError for anything else; NumPy would make room for all that
     a header claims, and open zip archives."""
     file = io.BytesIO(data)
@@ -284,11 +337,11 @@ def _array(data: bytes) -> Tensor:
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:
         raise ImageError(f"its moments are damaged: {error}") from None
-    values = data[file.tell() :]
-    is_whole = min(shape, default=0) > 0 and math.prod(shape) * dtype.itemsize == len(values)
+    num_bytes = len(data) - file.tell()
+    is_whole = min(shape, default=0) > 0 and math.prod(shape) * dtype.itemsize == num_bytes
     if dtype != np.float32 or is_fortran or len(shape) != 3 or not is_whole:
-        raise ImageError(f"its moments are damaged: {dtype} {list(shape)} in {len(values)} bytes")
-    return torch.frombuffer(bytearray(values), dtype=torch.float32).view(shape)
+        raise ImageError(f"its moments are damaged: {dtype} {list(shape)} in {num_bytes} bytes")
+    return np.frombuffer(data, np.float32, offset=file.tell()).reshape(shape)
 
 
 def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:

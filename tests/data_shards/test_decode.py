@@ -2,13 +2,14 @@
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data_shards.decode import ImageError, decode, open_image, to_rgb
+from data_shards.decode import ImageError, decode, decode_into, open_image, to_rgb
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -83,3 +84,29 @@ def test_a_decompression_bomb_is_refused_before_it_opens() -> None:
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match="too large: 11000 x 10000"):
             decode(bomb, 16)
+
+
+def turned_on_its_side() -> dict[str, Any]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {"exif": exif}
+
+
+@pytest.mark.parametrize("resolution", [16, 40])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 5}, turned_on_its_side()],
+    ids=str,
+)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(mode: str, how: dict[str, Any], resolution: int) -> None:
+    """Whichever way it is decoded, to the last bit, also where nothing is left to scale."""
+    file = io.BytesIO()
+    Image.fromarray(gradient(40, 40)).convert(mode).save(file, "JPEG", **how)
+    image = to_rgb(open_image(file.getvalue()))
+    pixels = np.asarray(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS))
+    expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.equal(decode(file.getvalue(), resolution), expected)
+    mirrored = np.empty((3, resolution, resolution), np.float32)
+    decode_into(mirrored, file.getvalue(), mirrored=True)
+    assert np.array_equal(mirrored, expected.flip(-1).numpy())
