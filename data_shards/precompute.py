@@ -300,7 +300,7 @@ def _encode_shard(job: Job, vae: Any, shard: ShardEntry, made_of: str) -> Encode
             captions.update(dict.fromkeys(sample.captions))
             if not moments:
                 undecodable.append(sample.key)
-            yield {"__key__": sample.key, ABOUT_MEMBER: sample.members[ABOUT_MEMBER], **moments}
+            yield {"__key__": sample.key, ABOUT_MEMBER: bytes(sample.members[ABOUT_MEMBER]), **moments}
 
     entry = write_tar(samples(), job.out, name=shard.name, split=shard.split, made_of=made_of)
     return EncodedShard(shard=entry, captions=tuple(captions), undecodable=tuple(undecodable))

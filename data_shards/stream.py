@@ -8,6 +8,7 @@ Shards of images and precomputed sets, which hold latent moments in their place,
 import io
 import logging
 import math
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ STEPS_AHEAD = 2
 CHUNKS = 2  # of a step for each worker, so that none waits long for the last one
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
+MAX_HEADER = 4096  # bytes of an array's; ours have 128
 
 
 OpenInto = Callable[[NDArray[np.float32], Encoded, bool], None]
@@ -88,6 +90,7 @@ class ShardStream:
         self._is_precomputed = manifest.precomputed is not None
         self._open_into = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
         self._resolution = resolution
+        self._memory = _Memory()
         self._shards = manifest.split(split)
         self._first_index = [0]
         for shard in self._shards:
@@ -134,7 +137,7 @@ class ShardStream:
         for start in range(first, last, micro_batch_size):
             stretches = self._stretches(start, min(start + micro_batch_size, last))
             samples = [sample for stretch in stretches for sample in self.read(stretch)]
-            inputs = torch.empty(len(samples), *self._input_shape)
+            inputs = self._memory.take(len(samples), *self._input_shape)
             opened: list[Encoded] = []
             for sample in samples:
                 with suppress(ImageError):
@@ -177,7 +180,7 @@ class ShardStream:
         samples = [windows.sample_at(place) for place in places]
         seeds = [derive_seed(self._seed, p.epoch, sample.index) for p, sample in zip(places, samples, strict=True)]
         flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
-        return _Step(samples, seeds, flipped, torch.empty(len(samples), *self._input_shape))
+        return _Step(samples, seeds, flipped, self._memory.take(len(samples), *self._input_shape))
 
     def _open(self, step: _Step, numbers: Iterable[int]) -> None:
         """Open samples of a step into their places, or in place of one the next of its shard that can be opened.
@@ -256,6 +259,25 @@ class ShardStream:
                 yield Stretch(number, begin, end)
 
 
+class _Memory:
+    """Memory of batches, taken up again when nobody holds them any more: new memory of this size comes from the
+    system page by page, which takes as long as decoding a quarter of the images that go into it."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], deque[NDArray[np.float32]]] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        """float32, with whatever is in it."""
+        free = self._free.setdefault(shape, deque())
+        try:
+            array = free.pop()
+        except IndexError:
+            array = np.empty(shape, np.float32)
+        lent = array.view()  # which the tensor holds, and all that share its memory do
+        weakref.finalize(lent, free.append, array)
+        return torch.from_numpy(lent)
+
+
 class _Windows:
     """The windows in use, and of each lane the next one already on its way."""
 
@@ -328,10 +350,10 @@ def _moments(sample: Encoded, mirrored: bool) -> NDArray[np.float32]:
     return _array(data)
 
 
-def _array(data: bytes) -> NDArray[np.float32]:
+def _array(data: bytes | memoryview) -> NDArray[np.float32]:
     """A member of moments, float32 [2C, h, w]. Raises ImageError for anything else; NumPy would make room for all that
     a header claims, and open zip archives."""
-    file = io.BytesIO(data)
+    file = io.BytesIO(data[:MAX_HEADER])
     try:
         np.lib.format.read_magic(file)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
