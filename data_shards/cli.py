@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import PurePosixPath
 from statistics import median
@@ -16,7 +17,7 @@ from cluster.errors import UserError
 from cluster.progress import progress_lines
 from data_shards.manifest import Manifest, ShardEntry
 from data_shards.sample import Record
-from data_shards.sources import Columns, medvqa_records, roco_records, table_records
+from data_shards.sources import Columns, embedded_records, medvqa_records, roco_records, table_records
 from data_shards.stream import read_samples
 from data_shards.writer import QUARANTINE, Settings, digest_of, write_shards
 
@@ -32,22 +33,36 @@ class Format(StrEnum):
     MEDVQA = "medvqa"
     ROCO = "roco"
     TABLE = "table"
+    PARQUET = "parquet"
+    DATASETS = "datasets"
 
 
 @app.command()
 def write(
     source: Annotated[str, typer.Argument(help="The data set's folder; for --format table, the table itself.")],
     out: Annotated[str, typer.Option(help="Folder or s3:// prefix for the shards.")],
-    format: Annotated[Format, typer.Option(help="medvqa: prompt-gt.csv. roco: ID,Caption. table: any.")] = Format.TABLE,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="medvqa: prompt-gt.csv. roco: ID,Caption. table: file names. parquet: images within rows. "
+            "datasets: what Hugging Face's save_to_disk wrote."
+        ),
+    ] = Format.TABLE,
     name: Annotated[str | None, typer.Option(help="Name of the set. Default: the source's.")] = None,
-    images: Annotated[str | None, typer.Option(help="table: folder of the images. Default: beside the table.")] = None,
-    image_column: Annotated[str, typer.Option(help="table: column of file names.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="table: column of captions.")] = "caption",
-    group_column: Annotated[
-        str | None, typer.Option(help="table: column of patients or videos, which never cross splits.")
+    images: Annotated[str | None, typer.Option(help="Folder of the images. Default: beside the table.")] = None,
+    image_column: Annotated[str, typer.Option(help="Column of file names, or of images within rows.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
+    id_column: Annotated[
+        str | None, typer.Option(help="parquet, datasets: column that names an image. Default: each row is one.")
     ] = None,
-    licence_column: Annotated[str | None, typer.Option(help="table: column of licences.")] = None,
-    split_column: Annotated[str | None, typer.Option(help="table: column of splits, if they are given.")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of patients or videos, which never cross splits.")
+    ] = None,
+    licence_column: Annotated[str | None, typer.Option(help="Column of licences.")] = None,
+    split_column: Annotated[str | None, typer.Option(help="Column of splits, if they are given.")] = None,
+    split_by_file: Annotated[
+        bool, typer.Option(help="parquet, datasets: file names, such as train-00000.parquet, say the split.")
+    ] = False,
     split: Annotated[list[str] | None, typer.Option(help="A split's share, NAME=SHARE; may be repeated.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     resize: Annotated[int | None, typer.Option(min=8, help="Reduce larger images to this shorter side.")] = None,
@@ -60,15 +75,8 @@ def write(
 
     medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
-    splits = _splits(split or (() if split_column else DEFAULT_SPLITS))
-    records: Iterator[Record]
-    if format is Format.MEDVQA:
-        records = medvqa_records(source)
-    elif format is Format.ROCO:
-        records = roco_records(source)
-    else:
-        columns = Columns(image_column, caption_column, group_column, licence_column, split_column)
-        records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+    splits = _splits(split or (() if split_column or split_by_file else DEFAULT_SPLITS))
+    columns = Columns(image_column, caption_column, group_column, licence_column, split_column, id_column)
     settings = Settings(
         name=name or PurePosixPath(storage.absolute(source)).stem,
         splits=splits,
@@ -77,7 +85,17 @@ def write(
         resize=resize,
         max_quarantined=max_quarantined,
     )
-    with progress_lines(console) as on_progress:
+    with ExitStack() as unpacked, progress_lines(console) as on_progress:
+        records: Iterator[Record]
+        if format is Format.MEDVQA:
+            records = medvqa_records(source)
+        elif format is Format.ROCO:
+            records = roco_records(source)
+        elif format is Format.TABLE:
+            records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+        else:
+            rows = embedded_records(source, out, columns, images=images, split_by_file=split_by_file)
+            records = unpacked.enter_context(rows)
         manifest = write_shards(
             records,
             out,

@@ -22,12 +22,12 @@ from webdataset.writer import TarWriter
 
 from cluster import storage
 from cluster.errors import UserError
-from data_shards.decode import FORMATS, ImageError, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
 from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
-IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png")
+IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
 NO_GROUPS = "each image is a group of its own"
@@ -197,7 +197,7 @@ def _check(record: Record) -> Checked | BadInputError:
         if not record.captions:
             raise BadInputError("empty caption")
         uri = _locate(record)
-        data = storage.read_bytes(uri)
+        data = storage.read_bytes(uri, *(record.part or ()))
         image = open_image(data)
         conversion = _conversion(image, data)
         if conversion:
@@ -212,10 +212,12 @@ def _check(record: Record) -> Checked | BadInputError:
 
 
 def _locate(record: Record) -> str:
-    """The image's URI, which never leaves the record's folder."""
+    """The URI of the image's file, which never leaves the record's folder."""
     name = record.source_id
     if not name:
         raise BadInputError("no file name")
+    if record.part is not None:
+        return record.folder
     if name.startswith(("/", "~")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise BadInputError("path leaves the image folder")
     for ending in IMAGE_ENDINGS:
@@ -237,6 +239,8 @@ def _key(source_id: str) -> str:
 
 
 def _conversion(image: Image.Image, data: bytes) -> str | None:
+    if is_dicom(data):
+        return "DICOM"
     kind = Image.open(io.BytesIO(data), formats=FORMATS)
     if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
         return None
@@ -269,8 +273,9 @@ def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Che
     for sample in checked:
         split = stated.get(_group(sample)) or _drawn_split(_group(sample), settings)
         parts.setdefault(split, []).append(sample)
+    is_drawn = any(not sample.record.split for sample in checked)
     for split, part in parts.items():
-        if not part and settings.splits[split] > 0:
+        if not part and is_drawn and settings.splits[split] > 0:
             counts = ", ".join(f"{name} {len(samples)}" for name, samples in parts.items())
             raise UserError(
                 f"split '{split}' is empty ({counts} samples): give it a larger share with --split, "
@@ -313,7 +318,7 @@ def _pieces(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> Itera
 
 def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
     record = sample.record
-    data = storage.read_bytes(sample.uri)
+    data = storage.read_bytes(sample.uri, *(record.part or ()))
     if zlib.crc32(data) != sample.crc32:
         raise UserError(f"{sample.uri} changed while shards were written; start again")
     about = {
@@ -332,12 +337,12 @@ def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
 
 def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, bytes]:
     """The image as it came if it is a plain JPEG or PNG of the wanted size, else as a lossless 8-bit RGB PNG."""
-    kind = Image.open(io.BytesIO(data), formats=FORMATS)
-    shrinks = resize is not None and min(kind.size) > resize
-    if sample.conversion is None and not shrinks:
-        return PASSED_THROUGH[str(kind.format), kind.mode], data
+    if sample.conversion is None:
+        kind = Image.open(io.BytesIO(data), formats=FORMATS)
+        if resize is None or min(kind.size) <= resize:
+            return PASSED_THROUGH[str(kind.format), kind.mode], data
     image = to_rgb(open_image(data))
-    if resize is not None and shrinks:
+    if resize is not None and min(image.size) > resize:
         scale = resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
