@@ -22,7 +22,7 @@ COLUMNS = Columns(image="ID", caption="Caption")
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 IMAGE_FOLDERS = ("{0}_images/{0}", "{0}_images", "{0}", "images")
 LICENCES = "license_information.csv"
-LICENCE = re.compile(r"CC0|CC[ -]BY(?:-NC)?(?:-SA|-ND)?(?: \d\.\d)?", re.IGNORECASE)
+LICENCE = re.compile(r"CC0|CC[ -]BY(?:-NC)?(?:-SA|-ND)?(?:[ -]\d\.\d)?", re.IGNORECASE)
 
 
 def roco_records(folder: str) -> Iterator[Record]:
@@ -72,6 +72,6 @@ def _with_licences(records: Iterator[Record], folder: str, names: Sequence[str])
     if stated and "id" in columns:
         for row in rows:
             if found := LICENCE.search(str(row[columns[stated]])):
-                known[str(row[columns["id"]]).strip()] = found[0].upper().replace("CC-", "CC ")
+                known[str(row[columns["id"]]).strip()] = found[0].upper().replace("CC-BY", "CC BY")
     for record in records:
         yield replace(record, licence=known.get(record.source_id, record.licence))
