@@ -19,7 +19,7 @@ from data_shards.manifest import Manifest, ShardEntry
 from data_shards.sample import Record
 from data_shards.sources import Columns, embedded_records, medvqa_records, roco_records, table_records
 from data_shards.stream import read_samples
-from data_shards.writer import QUARANTINE, Settings, digest_of, write_shards
+from data_shards.writer import DUPLICATES, QUARANTINE, Settings, digest_of, write_shards
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
@@ -112,6 +112,14 @@ def write(
         console.print(
             f"Left out: {sum(manifest.quarantined.values())} inputs ({reasons}); each is named in "
             f"{storage.join(out, QUARANTINE)}",
+            soft_wrap=True,
+        )
+    for splits_of_pair, count in manifest.near_duplicates.items():
+        one, other = splits_of_pair.split("-")
+        console.print(
+            f"Near-duplicates: {count} samples of {one} look the same as one of {other}, so one leaks into the other; "
+            f"each is named in {storage.join(out, DUPLICATES)}. Give --group-column a column that joins them, or leave "
+            "them out.",
             soft_wrap=True,
         )
 

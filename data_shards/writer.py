@@ -14,8 +14,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 from webdataset.writer import TarWriter
@@ -23,10 +24,12 @@ from webdataset.writer import TarWriter
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
+from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
 from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
+DUPLICATES = "duplicates.jsonl"
 IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
@@ -63,6 +66,7 @@ class Checked:
     uri: str
     crc32: int
     conversion: str | None  # what the image had been, if it has to be converted
+    perceptual_hash: bytes
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def write_shards(
     num_workers: int = 4,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
-    """Write shards, quarantine.jsonl and manifest.json to `out` and return the manifest.
+    """Write shards, quarantine.jsonl, duplicates.jsonl and manifest.json to `out` and return the manifest.
 
     A second call with the same input writes nothing. Raises UserError if `out` holds shards of other input or
     settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
@@ -104,7 +108,9 @@ def write_shards(
         for shard in pool.map(lambda piece: write_shard(piece, out, settings.resize), pieces):
             shards.append(shard)
             on_progress("writing shards", len(shards), len(pieces))
-    storage.write_bytes(storage.join(out, QUARANTINE), "".join(json.dumps(q) + "\n" for q in quarantine).encode())
+    duplicates = _duplicates(parts)
+    _write_lines(storage.join(out, QUARANTINE), quarantine)
+    _write_lines(storage.join(out, DUPLICATES), [asdict(duplicate) for duplicate in duplicates])
     manifest = Manifest(
         name=settings.name,
         source={**source, "fingerprint": fingerprint},
@@ -114,6 +120,7 @@ def write_shards(
         licences=Counter(s.record.licence or "not stated" for part in parts.values() for s in part),
         quarantined=Counter(q["kind"] for q in quarantine),
         conversions=Counter(s.conversion for part in parts.values() for s in part if s.conversion),
+        near_duplicates=Counter(f"{found.split}-{found.other_split}" for found in duplicates),
         shards=tuple(shards),
     )
     manifest.save(out)
@@ -199,16 +206,15 @@ def _check(record: Record) -> Checked | BadInputError:
         uri = _locate(record)
         data = storage.read_bytes(uri, *(record.part or ()))
         image = open_image(data)
-        conversion = _conversion(image, data)
-        if conversion:
-            to_rgb(image)
+        pixels = to_rgb(image)
     except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
     except storage.StorageError as problem:
         if storage.is_remote(record.folder):
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
-    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion)
+    conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
+    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
 
 
 def _locate(record: Record) -> str:
@@ -297,6 +303,16 @@ def _drawn_split(group: str, settings: Settings) -> str:
     return list(settings.splits)[-1]
 
 
+def _duplicates(parts: Mapping[str, Sequence[Checked]]) -> list[Duplicate]:
+    """What would leak from one split to another, though no group does."""
+    samples = [(split, sample) for split, part in parts.items() for sample in part]
+    return find_duplicates(
+        [sample.key for _, sample in samples],
+        [split for split, _ in samples],
+        [sample.perceptual_hash for _, sample in samples],
+    )
+
+
 def _split_rule(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> str:
     samples = [sample for part in parts.values() for sample in part]
     if all(sample.record.split for sample in samples):
@@ -349,6 +365,10 @@ def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, byte
     png = io.BytesIO()
     image.save(png, "PNG")
     return "png", png.getvalue()
+
+
+def _write_lines(uri: str, documents: Iterable[Mapping[str, Any]]) -> None:
+    storage.write_bytes(uri, "".join(json.dumps(document) + "\n" for document in documents).encode())
 
 
 def _with_crc(entry: SampleEntry, file: io.BufferedRandom) -> SampleEntry:
