@@ -114,12 +114,12 @@ def write(
             f"{storage.join(out, QUARANTINE)}",
             soft_wrap=True,
         )
-    for splits_of_pair, count in manifest.near_duplicates.items():
-        one, other = splits_of_pair.split("-")
+    if manifest.near_duplicates:
+        pairs = ", ".join(f"{pair} {count}" for pair, count in manifest.near_duplicates.items())
         console.print(
-            f"Near-duplicates: {count} samples of {one} look the same as one of {other}, so one leaks into the other; "
-            f"each is named in {storage.join(out, DUPLICATES)}. Give --group-column a column that joins them, or leave "
-            "them out.",
+            f"Near-duplicates across splits: {pairs}. So many samples of the first look the same as one of the second, "
+            f"as {storage.join(out, DUPLICATES)} names them: a model would be judged on what it was trained on. Give "
+            "--group-column a column that joins them, or leave them out.",
             soft_wrap=True,
         )
 

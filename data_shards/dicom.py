@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
 
 from data_shards.decode import ImageError, check_size
@@ -66,7 +68,7 @@ def _check(dataset: pydicom.Dataset) -> None:
         raise ImageError("unreadable: deflated DICOM files are not read; write it with another transfer syntax")
     if dataset.PhotometricInterpretation not in GREY + COLOURS:
         raise ImageError("unreadable: DICOM file of another photometric interpretation than grey, palette, RGB or YBR")
-    if syntax in AllTransferSyntaxes and syntax.is_compressed and not pydicom.pixels.get_decoder(syntax).is_available:
+    if syntax in AllTransferSyntaxes and syntax.is_compressed and not get_decoder(syntax).is_available:
         raise ImageError(
             f"unreadable: no decoder for {syntax.name}: install pylibjpeg-libjpeg, pylibjpeg-openjpeg or python-gdcm"
         )
@@ -97,7 +99,7 @@ def _grey(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
         grey = (values - values.min()) / max(float(np.ptp(values)), 1e-9) * 255
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
-    return np.round(np.clip(grey, 0, 255)).astype(np.uint8)
+    return np.asarray(np.round(np.clip(grey, 0, 255)), dtype=np.uint8)
 
 
 def _first(value: Any) -> float:
@@ -108,4 +110,4 @@ def _first(value: Any) -> float:
 def _eight_bits(colours: np.ndarray, bits: int) -> np.ndarray:
     if not 1 <= bits <= 16:
         raise ValueError("bits")
-    return np.round(colours.astype(np.float64) / (2**bits - 1) * 255).clip(0, 255).astype(np.uint8)
+    return np.asarray(np.round(colours.astype(np.float64) / (2**bits - 1) * 255).clip(0, 255), dtype=np.uint8)

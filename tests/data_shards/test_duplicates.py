@@ -128,9 +128,8 @@ def test_nothing_is_missed_that_comparing_all_pairs_finds() -> None:
 
 def test_thousands_of_equal_images_take_no_time() -> None:
     count = 20_000
-    found = find_duplicates(
-        [f"{n:05d}" for n in range(count)], ["test", "train", "train", "train"] * (count // 4), [bytes(40)] * count
-    )
+    keys, splits = [f"{n:05d}" for n in range(count)], ["test", "train", "train", "train"] * (count // 4)
+    found = find_duplicates(keys, splits, [bytes(40)] * count)
     assert len(found) == count // 4
     assert {duplicate.other_key for duplicate in found} == {"00001"}
 
@@ -160,7 +159,7 @@ def test_what_leaks_is_counted_named_and_said(small_source: Path, tmp_path: Path
     exact, reduced = [json.loads(line) for line in (out / "duplicates.jsonl").read_text().splitlines()]
     assert exact == asdict(Duplicate("exact", "test", real[0].stem, "train", 0))
     assert (reduced["key"], reduced["other_key"]) == ("reduced", min(real[1].stem, "within"))
-    assert "2 samples of test look the same as one of train" in result.output
+    assert "Near-duplicates across splits: test-train 2." in result.output
     assert "--group-column" in result.output
 
 
