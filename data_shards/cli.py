@@ -68,7 +68,7 @@ def write(
     resize: Annotated[int | None, typer.Option(min=8, help="Reduce larger images to this shorter side.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the order.")] = 0,
     max_quarantined: Annotated[float, typer.Option(min=0, max=1, help="Give up above this share of bad inputs.")] = 1.0,
-    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads; with RAY_ADDRESS set, the cluster's CPUs.")] = 4,
     overwrite: Annotated[bool, typer.Option(help="Replace shards of other input.")] = False,
 ) -> None:
     """Turn images and captions into WebDataset shards with a manifest.

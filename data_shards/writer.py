@@ -9,12 +9,14 @@ and writing again completes them.
 import hashlib
 import io
 import json
+import re
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +28,7 @@ from cluster.errors import UserError
 from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
 from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry
+from data_shards.parallel import Map, mapping, names_cluster
 from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
@@ -33,6 +36,11 @@ DUPLICATES = "duplicates.jsonl"
 IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
+NOT_FOUND = "file not found"
+NOT_SHARED = (
+    "is not there on all machines of the cluster: keep images and --out on s3://, or in a folder that all of them share"
+)
+CHECKED_AT_ONCE = 64  # images of one task on a cluster: a second or so
 NO_GROUPS = "each image is a group of its own"
 
 Splits = Mapping[str, float]
@@ -90,13 +98,19 @@ def write_shards(
 ) -> Manifest:
     """Write shards, quarantine.jsonl, duplicates.jsonl and manifest.json to `out` and return the manifest.
 
-    A second call with the same input writes nothing. Raises UserError if `out` holds shards of other input or
-    settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
+    Images are checked and shards written by `num_workers` threads, or by the cluster that RAY_ADDRESS names: the bytes
+    are the same. A second call with the same input writes nothing. Raises UserError if `out` holds shards of other
+    input or settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
     """
+    if names_cluster():
+        from cluster.runtime import check_outlives_job
+
+        check_outlives_job(out, "--out ")
+    out = storage.absolute(out)
     storage.check_writable(out)
-    inputs = list(records)
-    with ThreadPoolExecutor(num_workers) as pool:
-        checked, quarantine = _check_all(inputs, settings, pool, on_progress)
+    inputs = [replace(record, folder=storage.absolute(record.folder)) for record in records]
+    with mapping(num_workers) as apply:
+        checked, quarantine = _check_all(inputs, settings, apply, on_progress)
         parts = _split(checked, settings)
         fingerprint = _fingerprint(parts, settings)
         if existing := _finished(out, fingerprint, overwrite):
@@ -104,10 +118,11 @@ def write_shards(
             return existing
         pieces = list(_pieces(parts, settings))
         shards: list[ShardEntry] = []
-        # Each shard is made from its piece alone, so this map could as well run on a cluster.
-        for shard in pool.map(lambda piece: write_shard(piece, out, settings.resize), pieces):
+        for shard in apply(partial(write_shard, out=out, resize=settings.resize), pieces):
+            _check_shared(storage.join(out, shard.name))
             shards.append(shard)
             on_progress("writing shards", len(shards), len(pieces))
+    _tidy(out, settings)
     duplicates = _duplicates(parts)
     _write_lines(storage.join(out, QUARANTINE), quarantine)
     _write_lines(storage.join(out, DUPLICATES), [asdict(duplicate) for duplicate in duplicates])
@@ -171,14 +186,15 @@ def digest_of(uri: str) -> str:
 def _check_all(
     inputs: Sequence[Record],
     settings: Settings,
-    pool: ThreadPoolExecutor,
+    apply: Map,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[list[Checked], list[dict[str, str]]]:
     """The good samples, and for each bad one its source id, the kind of its fault, and the whole reason."""
     checked: list[Checked] = []
     quarantine: list[dict[str, str]] = []
     keys: set[str] = set()
-    for done, (record, result) in enumerate(zip(inputs, pool.map(_check, inputs), strict=True), start=1):
+    results = apply(_check, inputs, CHECKED_AT_ONCE)
+    for done, (record, result) in enumerate(zip(inputs, results, strict=True), start=1):
         if isinstance(result, Checked) and result.key in keys:
             result = BadInputError(f"duplicate key: another image is '{result.key}' already")
         if isinstance(result, Checked):
@@ -186,6 +202,8 @@ def _check_all(
             checked.append(result)
         else:
             reason = str(result)
+            if reason == NOT_FOUND:
+                _check_missing(record)
             quarantine.append({"source_id": record.source_id, "kind": reason.partition(":")[0], "reason": reason})
         on_progress("checking images", done, len(inputs))
     if len(quarantine) > settings.max_quarantined * len(inputs) or not checked:
@@ -234,7 +252,20 @@ def _locate(record: Record) -> str:
                 if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
                     raise BadInputError("path leaves the image folder: it is a link")
             return uri
-    raise BadInputError("file not found")
+    raise BadInputError(NOT_FOUND)
+
+
+def _check_missing(record: Record) -> None:
+    """Raise UserError for a file that only machines of the cluster other than this one miss."""
+    if names_cluster() and not storage.is_remote(record.folder):
+        with suppress(BadInputError):
+            raise UserError(f"{_locate(record)} {NOT_SHARED}")
+
+
+def _check_shared(uri: str) -> None:
+    """Raise UserError for a shard that another machine of the cluster wrote to a disk of its own."""
+    if names_cluster() and not storage.exists(uri):
+        raise UserError(f"{uri} {NOT_SHARED}")
 
 
 def _key(source_id: str) -> str:
@@ -369,6 +400,15 @@ def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, byte
 
 def _write_lines(uri: str, documents: Iterable[Mapping[str, Any]]) -> None:
     storage.write_bytes(uri, "".join(json.dumps(document) + "\n" for document in documents).encode())
+
+
+def _tidy(out: str, settings: Settings) -> None:
+    """Remove files that a killed process was about to give their names."""
+    names = "|".join(re.escape(name) for name in (QUARANTINE, DUPLICATES, MANIFEST, ".writable"))
+    half_written = re.compile(rf"\.({re.escape(settings.name)}-[^/]+-\d{{6}}\.[^/]+|{names})\.\w{{8}}")
+    for name in storage.list_files(out):
+        if half_written.fullmatch(name):
+            storage.delete(storage.join(out, name))
 
 
 def _with_crc(entry: SampleEntry, file: io.BufferedRandom) -> SampleEntry:
