@@ -308,3 +308,10 @@ _REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off; set it, as by NTP",
     "SignatureDoesNotMatch": "the AWS secret key does not fit the access key",
 }
+
+
+def iter_chunks(uri: str, chunk_bytes: int = 2**23) -> Iterator[bytes]:
+    """All that is at `uri`, never more of it in memory than a chunk; each is one read, tried again like any other."""
+    total = size(uri)
+    for start in range(0, total, chunk_bytes):
+        yield read_bytes(uri, start, min(chunk_bytes, total - start))

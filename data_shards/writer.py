@@ -177,7 +177,10 @@ def write_tar(samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: s
 
 def digest_of(uri: str) -> str:
     """SHA-256 of what is at `uri`."""
-    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    digest = hashlib.sha256()
+    for chunk in storage.iter_chunks(uri):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 # --- checking ---
