@@ -34,6 +34,8 @@ class RowFile:
     """A file of rows."""
 
     uri: str
+    name: str
+    """What its rows' images are named by: its path in the data set, less its ending."""
     split: str | None
     """What its name, or its data set, says that its rows belong to."""
 
@@ -74,33 +76,37 @@ def embedded_records(
 
 def row_files(source: str) -> list[RowFile]:
     """The files of rows at `source`, in order."""
-    if PurePosixPath(source).suffix == ".parquet":
-        return [_parquet_file(source)]
+    folder, _, name = source.rpartition("/")
+    if name.endswith(".parquet"):
+        return [replace(_row_file(folder, name), uri=source)]
     names = storage.list_files(source)
     if "dataset_dict.json" in names:
         splits = _listed(storage.join(source, "dataset_dict.json"), "splits")
-        return [file for split in splits for file in _saved(storage.join(source, split), split)]
+        return [replace(f, name=f"{split}/{f.name}") for split in splits for f in _saved(source, split)]
     if "state.json" in names:
-        return _saved(source, None)
+        return _saved(source)
     if found := [name for name in names if name.endswith(".parquet") and not name.startswith(".")]:
-        return [_parquet_file(storage.join(source, name)) for name in found]
+        return [_row_file(source, name) for name in found]
     raise UserError(f"{source} holds no rows: expected *.parquet, or a data set saved by save_to_disk")
 
 
-def _parquet_file(uri: str) -> RowFile:
-    name = PARQUET_NAME.fullmatch(PurePosixPath(uri).name)
-    return RowFile(uri, _split(name["split"]) if name else None)
+def _row_file(folder: str, name: str, split: str | None = None) -> RowFile:
+    if split is None and (stated := PARQUET_NAME.fullmatch(PurePosixPath(name).name)):
+        split = stated["split"]
+    return RowFile(
+        storage.join(folder, name), str(PurePosixPath(name).with_suffix("")), _split(split) if split else None
+    )
 
 
-def _saved(folder: str, split: str | None) -> list[RowFile]:
+def _saved(source: str, split: str | None = None) -> list[RowFile]:
+    folder = storage.join(source, split) if split else source
     uri = storage.join(folder, "state.json")
     state = read_json(uri)
     with parsing(uri):
         if state.get("_indices_data_files"):
             raise UserError(f"{folder} is a selection saved by an old version of datasets: load it and save it again")
-        split = split or state.get("_split")
-        files = [str(file["filename"]) for file in state["_data_files"]]
-    return [RowFile(storage.join(folder, _inside(name, uri)), _split(split) if split else None) for name in files]
+        files = [_inside(str(file["filename"]), uri) for file in state["_data_files"]]
+        return [_row_file(folder, name, split or state.get("_split")) for name in files]
 
 
 def _listed(uri: str, key: str) -> list[str]:
@@ -131,8 +137,7 @@ def _records(
         with tempfile.NamedTemporaryFile() as blob:
             for row_number, (row, encoded, path) in enumerate(_rows(file, columns)):
                 split = file.split if split_by_file else text_of(row, columns.split) or None
-                stem = PurePosixPath(file.uri).stem
-                name = text_of(row, columns.id) if columns.id else f"{stem}-{row_number:06d}"
+                name = text_of(row, columns.id) if columns.id else f"{file.name}-{row_number:06d}"
                 checksum = None if encoded is None else zlib.crc32(encoded)
                 image = found.get((split, name))
                 if image is None:

@@ -123,12 +123,14 @@ def test_what_hugging_face_itself_saved() -> None:
     """Two splits of two real images each, saved by datasets 5.2; see README.md there."""
     with embedded_records(str(DATA / "saved-dataset"), "out", Columns(group="patient"), split_by_file=True) as records:
         found = list(records)
-        assert [(r.source_id[-6:], r.split, r.group, r.captions) for r in found] == [
-            ("000000", "train", "g0", ("frame 0",)),
-            ("000001", "train", "g0", ("frame 1",)),
-            ("000000", "validation", "g1", ("frame 2",)),
-            ("000001", "validation", "g1", ("frame 3",)),
+        assert [(r.source_id, r.split, r.group, r.captions) for r in found] == [
+            ("train/data-00000-of-00001-000000", "train", "g0", ("frame 0",)),
+            ("train/data-00000-of-00001-000001", "train", "g0", ("frame 1",)),
+            ("validation/data-00000-of-00001-000000", "validation", "g1", ("frame 2",)),
+            ("validation/data-00000-of-00001-000001", "validation", "g1", ("frame 3",)),
         ]
+        manifest = write_shards(found, "out", SETTINGS, source={"uri": "saved"})
+        assert {shard.split: shard.num_samples for shard in manifest.shards} == {"train": 2, "validation": 2}
         for number, record in enumerate(found):
             assert record.part is not None
             image = storage.read_bytes(record.folder, *record.part)
