@@ -163,6 +163,11 @@ def check_capacity(
             )
 
 
+def total(resource: str) -> int:
+    """How many of a resource, such as GPU, the connected cluster has now, in use or not."""
+    return int(ray.cluster_resources().get(resource, 0))
+
+
 def grows() -> bool:
     """Whether the connected cluster has an autoscaler, which adds machines for what waits; how many, Ray does not say.
 

@@ -17,7 +17,9 @@ from cluster import runtime
 from cluster.errors import UserError
 from data_shards import Manifest, Settings, write_shards, writer
 from data_shards.parallel import mapping
+from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
+from tests.conftest import PREVIEW_PROMPTS
 from tests.data_shards.test_writer import files
 
 pytestmark = pytest.mark.slow
@@ -99,9 +101,35 @@ def test_a_file_that_only_this_machine_has_is_no_bad_input(
         write(small_source, tmp_path / "out")
 
 
+def test_encoders_on_a_cluster_make_the_set_that_one_process_makes(
+    shards: str, precomputed: str, flux_folder: Path, on_cluster: str, tmp_path: Path
+) -> None:
+    """From paths that only this process's folder makes sense of, then from what is left of a run."""
+    (tmp_path / "shards").symlink_to(shards)
+    arguments: dict[str, Any] = {
+        "pretrained": str(flux_folder),
+        "resolution": 32,
+        "max_tokens": 16,
+        "horizontal_flip": True,
+    }
+    arguments |= {"extra_prompts": PREVIEW_PROMPTS, "batch_size": 4}
+    encoded: list[int] = []
+    out = tmp_path / "out"
+    for lost in ((), ("manifest.json", "small-train-000001.tar")):
+        for name in lost:
+            (out / name).unlink()
+        manifest = precompute("shards", "out", **arguments, on_encoded=lambda images, seconds: encoded.append(images))
+        assert manifest.source["uri"] == "shards"
+        found, expected = files(out), files(precomputed)
+        del found["manifest.json"], expected["manifest.json"]
+        assert found == expected
+    assert encoded == [24, next(s.num_samples for s in manifest.shards if s.name == "small-train-000001.tar")]
+
+
 DRIVER = """
 import sys
 from data_shards import Settings, write_shards
+from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
 settings = Settings("set", {"train": 0.6, "validation": 0.2, "test": 0.2}, samples_per_shard=2)
 write_shards(medvqa_records(sys.argv[1]), sys.argv[2], settings, source={"uri": "set"},
@@ -115,14 +143,14 @@ def test_a_driver_killed_again_and_again_leaves_the_same_bytes(
     out = tmp_path / "out"
     command = [sys.executable, "-c", DRIVER, str(small_source), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for killed_at in ("checking images 20", "writing shards 1", "writing shards 6"):
+    for killed_at in ("checking images 20", "writing shards 3"):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
             assert driver.stdout is not None
             assert any(line.strip() == killed_at for line in driver.stdout)
             driver.send_signal(signal.SIGKILL)
         assert driver.returncode == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
-    assert len([path for path in out.iterdir() if path.suffix == ".tar"]) >= 6
+    assert len([path for path in out.iterdir() if path.suffix == ".tar"]) >= 3
     (out / ".set-train-000000.tar.abcd_123").write_bytes(b"half")  # as a worker that is killed too may leave it
     write(small_source, out)
     settle(out)
