@@ -48,6 +48,7 @@ def _map_on_cluster(function: Callable[[T], R], items: Sequence[T], items_per_ta
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would say that it says nothing
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
