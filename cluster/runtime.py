@@ -131,14 +131,14 @@ def _check_answers(address: str) -> None:
         raise ConnectionError(error.strerror or str(error)) from None
 
 
-def check_outlives_job(storage: str) -> None:
+def check_outlives_job(storage: str, setting: str = "cluster.storage=") -> None:
     """Raise UserError when a job of a cluster is about to keep its results in the folder that it was uploaded to.
 
     Ray deletes that some time after the job.
     """
     if ray_job() and "://" not in storage and not storage.startswith("/"):
         raise UserError(
-            f"cluster.storage={storage} would be lost with the job's folder: give an s3:// URI, or an absolute path "
+            f"{setting}{storage} would be lost with the job's folder: give an s3:// URI, or an absolute path "
             "that all nodes share"
         )
 
@@ -161,6 +161,11 @@ def check_capacity(
                 f"{who} need {needed} {resource}s, the Ray cluster has {there}: "
                 "set cluster.num_workers lower, or connect to a larger cluster with RAY_ADDRESS"
             )
+
+
+def total(resource: str) -> int:
+    """How many of a resource, such as GPU, the connected cluster has now, in use or not."""
+    return int(ray.cluster_resources().get(resource, 0))
 
 
 def grows() -> bool:

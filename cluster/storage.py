@@ -81,11 +81,18 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     return data
 
 
-def sha256(uri: str, chunk_bytes: int = 2**23) -> str:
-    """Of what is at `uri`, of which no more than a chunk is in memory at a time."""
-    digest, total = hashlib.sha256(), size(uri)
+def iter_chunks(uri: str, chunk_bytes: int = 2**23) -> Iterator[bytes]:
+    """All that is at `uri`, never more of it in memory than a chunk; each is one read, tried again like any other."""
+    total = size(uri)
     for start in range(0, total, chunk_bytes):
-        digest.update(read_bytes(uri, start, min(chunk_bytes, total - start)))
+        yield read_bytes(uri, start, min(chunk_bytes, total - start))
+
+
+def sha256(uri: str) -> str:
+    """Of what is at `uri`."""
+    digest = hashlib.sha256()
+    for chunk in iter_chunks(uri):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -1,10 +1,10 @@
 """The commands `medsynth shards write|inspect|verify`."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from enum import StrEnum
-from pathlib import PurePosixPath
-from statistics import median
+from pathlib import Path, PurePosixPath
+from random import Random
 from typing import Annotated
 
 import typer
@@ -14,11 +14,13 @@ from rich.table import Table
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
-from data_shards.manifest import Manifest, ShardEntry
-from data_shards.reader import ShardReader
-from data_shards.sample import Record
-from data_shards.sources import Columns, medvqa_records, roco_records, table_records
-from data_shards.writer import QUARANTINE, Settings, write_shards
+from data_shards import overview
+from data_shards.manifest import Manifest
+from data_shards.parallel import mapping
+from data_shards.sample import Record, derive_seed
+from data_shards.sources import Columns, embedded_records, medvqa_records, roco_records, table_records
+from data_shards.verification import Claim, find_fault
+from data_shards.writer import DUPLICATES, QUARANTINE, Settings, write_shards
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(highlight=False)
@@ -32,43 +34,50 @@ class Format(StrEnum):
     MEDVQA = "medvqa"
     ROCO = "roco"
     TABLE = "table"
+    PARQUET = "parquet"
+    DATASETS = "datasets"
 
 
 @app.command()
 def write(
     source: Annotated[str, typer.Argument(help="The data set's folder; for --format table, the table itself.")],
     out: Annotated[str, typer.Option(help="Folder or s3:// prefix for the shards.")],
-    format: Annotated[Format, typer.Option(help="medvqa: prompt-gt.csv. roco: ID,Caption. table: any.")] = Format.TABLE,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="medvqa: prompt-gt.csv. roco: ID,Caption. table: file names. parquet: images within rows. "
+            "datasets: what Hugging Face's save_to_disk wrote."
+        ),
+    ] = Format.TABLE,
     name: Annotated[str | None, typer.Option(help="Name of the set. Default: the source's.")] = None,
-    images: Annotated[str | None, typer.Option(help="table: folder of the images. Default: beside the table.")] = None,
-    image_column: Annotated[str, typer.Option(help="table: column of file names.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="table: column of captions.")] = "caption",
-    group_column: Annotated[
-        str | None, typer.Option(help="table: column of patients or videos, which never cross splits.")
+    images: Annotated[str | None, typer.Option(help="Folder of the images. Default: beside the table.")] = None,
+    image_column: Annotated[str, typer.Option(help="Column of file names, or of images within rows.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
+    id_column: Annotated[
+        str | None, typer.Option(help="parquet, datasets: column that names an image. Default: each row is one.")
     ] = None,
-    licence_column: Annotated[str | None, typer.Option(help="table: column of licences.")] = None,
-    split_column: Annotated[str | None, typer.Option(help="table: column of splits, if they are given.")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of patients or videos, which never cross splits.")
+    ] = None,
+    licence_column: Annotated[str | None, typer.Option(help="Column of licences.")] = None,
+    split_column: Annotated[str | None, typer.Option(help="Column of splits, if they are given.")] = None,
+    split_by_file: Annotated[
+        bool, typer.Option(help="parquet, datasets: file names, such as train-00000.parquet, say the split.")
+    ] = False,
     split: Annotated[list[str] | None, typer.Option(help="A split's share, NAME=SHARE; may be repeated.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     resize: Annotated[int | None, typer.Option(min=8, help="Reduce larger images to this shorter side.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the order.")] = 0,
     max_quarantined: Annotated[float, typer.Option(min=0, max=1, help="Give up above this share of bad inputs.")] = 1.0,
-    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads; with RAY_ADDRESS set, the cluster's CPUs.")] = 4,
     overwrite: Annotated[bool, typer.Option(help="Replace shards of other input.")] = False,
 ) -> None:
     """Turn images and captions into WebDataset shards with a manifest.
 
     medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
-    splits = _splits(split or (() if split_column else DEFAULT_SPLITS))
-    records: Iterator[Record]
-    if format is Format.MEDVQA:
-        records = medvqa_records(source)
-    elif format is Format.ROCO:
-        records = roco_records(source)
-    else:
-        columns = Columns(image_column, caption_column, group_column, licence_column, split_column)
-        records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+    splits = _splits(split or (() if split_column or split_by_file else DEFAULT_SPLITS))
+    columns = Columns(image_column, caption_column, group_column, licence_column, split_column, id_column)
     settings = Settings(
         name=name or PurePosixPath(storage.absolute(source)).stem,
         splits=splits,
@@ -77,7 +86,17 @@ def write(
         resize=resize,
         max_quarantined=max_quarantined,
     )
-    with progress_lines(console) as on_progress:
+    with ExitStack() as unpacked, progress_lines(console) as on_progress:
+        records: Iterator[Record]
+        if format is Format.MEDVQA:
+            records = medvqa_records(source)
+        elif format is Format.ROCO:
+            records = roco_records(source)
+        elif format is Format.TABLE:
+            records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+        else:
+            rows = embedded_records(source, out, columns, images=images, split_by_file=split_by_file)
+            records = unpacked.enter_context(rows)
         manifest = write_shards(
             records,
             out,
@@ -96,22 +115,38 @@ def write(
             f"{storage.join(out, QUARANTINE)}",
             soft_wrap=True,
         )
+    if manifest.near_duplicates:
+        pairs = ", ".join(f"{pair} {count}" for pair, count in manifest.near_duplicates.items())
+        console.print(
+            f"Near-duplicates across splits: {pairs}. So many samples of the first look the same as one of the second, "
+            f"as {storage.join(out, DUPLICATES)} names them: a model would be judged on what it was trained on. Give "
+            "--group-column a column that joins them, or leave them out.",
+            soft_wrap=True,
+        )
 
 
 @app.command()
-def inspect(shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the shards.")]) -> None:
+def inspect(
+    shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the shards.")],
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Also draw some samples of each split with their captions, as this PNG file.")
+    ] = None,
+) -> None:
     """Show what is in a set of shards.
 
-    medsynth shards inspect demo/shards
+    medsynth shards inspect demo/shards --contact-sheet samples.png
     """
     manifest = Manifest.load(shards)
+    if contact_sheet and manifest.precomputed:
+        raise UserError(f"{shards} is a precomputed set, with nothing to draw: inspect the shards it was made of")
     table = Table(title=f"{manifest.name}, digest {manifest.digest[:12]}", title_justify="left")
-    for column in ("split", "samples", "shards", "MB", "groups", "captions an image", "words a caption"):
-        table.add_column(column, justify="left" if column == "split" else "right")
+    table.add_column("split", no_wrap=True)
+    for column in ("samples", "shards", "MB", "groups", "captions an image"):
+        table.add_column(column, justify="right")
+    looks = {split: overview.look_into(shards, manifest, split) for split in manifest.splits}
     for split in manifest.splits:
         entries = manifest.split(split)
         samples = sum(shard.num_samples for shard in entries)
-        words = [len(c.split()) for sample in ShardReader(shards).read(entries[0]) for c in sample.captions]
         table.add_row(
             split,
             str(samples),
@@ -119,49 +154,60 @@ def inspect(shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix o
             f"{sum(shard.num_bytes for shard in entries) / 1e6:.1f}",
             str(manifest.groups[split]),
             f"{manifest.captions[split] / samples:.1f}",
-            f"{min(words)} to {max(words)}, median {median(words):g}",
         )
     console.print(table)
+    words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
+    console.print(f"Words a caption: {'; '.join(words)}")
+    if not manifest.precomputed:
+        sizes = {split: [f"{width} x {height}" for width, height in look.sizes] for split, look in looks.items()}
+        console.print(f"Pixels: {'; '.join(f'{split} {overview.spread(found)}' for split, found in sizes.items())}")
     for title, counts in (
         ("Licences", manifest.licences),
         ("Left out", manifest.quarantined),
         ("Converted", manifest.conversions),
+        ("Near-duplicates across splits", manifest.near_duplicates),
     ):
         if counts:
             console.print(f"{title}: " + ", ".join(f"{what} ({count})" for what, count in counts.items()))
-    console.print(f"Split {manifest.split_rule}. Words are counted in the first shard of each split.")
+    total = sum(shard.num_samples for shard in manifest.shards)
+    seen = sum(look.num_samples for look in looks.values())
+    console.print(f"Split {manifest.split_rule}. Looked into {seen} of {total} samples.")
+    if contact_sheet:
+        overview.contact_sheet(shards, manifest, contact_sheet)
+        console.print(f"Samples drawn: {contact_sheet}", soft_wrap=True)
 
 
 @app.command()
 def verify(
     shards: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the shards.")],
-    num_workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
+    sample: Annotated[int | None, typer.Option(min=1, help="Check so many shards, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of that draw: another one draws others.")] = 0,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads; with RAY_ADDRESS set, the cluster's CPUs.")] = 4,
 ) -> None:
-    """Compare every shard's size and SHA-256 with the manifest; exit with 1 if one differs.
+    """Compare shards' size and SHA-256 with the manifest; exit with 1 if one differs.
 
-    medsynth shards verify s3://bucket/shards
+    medsynth shards verify s3://bucket/shards --sample 100
     """
     manifest = Manifest.load(shards)
-
-    def fault(shard: ShardEntry) -> str | None:
-        uri = storage.join(shards, shard.name)
-        try:
-            found = storage.sha256(uri)
-        except storage.NotFoundError:
-            return f"{shard.name}: missing"
-        return None if found == shard.sha256 else f"{shard.name}: SHA-256 {found}, the manifest says {shard.sha256}"
-
+    drawn = list(manifest.shards)
+    if sample is not None and sample < len(drawn):
+        drawn = Random(derive_seed("verify", seed)).sample(drawn, sample)
+    claims = [Claim(storage.join(storage.absolute(shards), s.name), s.num_bytes, s.sha256) for s in drawn]
     faults: list[str] = []
-    with progress_lines(console) as on_progress, ThreadPoolExecutor(num_workers) as pool:
-        for done, found in enumerate(pool.map(fault, manifest.shards), start=1):
-            on_progress("verifying", done, len(manifest.shards))
-            faults += [found] if found else []
+    with progress_lines(console) as on_progress, mapping(num_workers) as apply:
+        for done, fault in enumerate(apply(find_fault, claims), start=1):
+            on_progress("verifying", done, len(claims))
+            faults += [fault] if fault else []
     for line in faults:
         console.print(f"[red]✗[/] {line}", soft_wrap=True)
+    num_bytes, all_bytes = (sum(s.num_bytes for s in some) for some in (drawn, manifest.shards))
+    which = f"All {len(drawn)} shards"
+    if len(drawn) < len(manifest.shards):
+        which = f"{len(drawn)} of {len(manifest.shards)} shards, with {num_bytes / all_bytes:.1%} of the bytes,"
     if faults:
-        console.print(f"{len(faults)} of {len(manifest.shards)} shards differ from the manifest")
+        console.print(f"{len(faults)} of {len(drawn)} checked shards differ from the manifest")
         raise typer.Exit(1)
-    console.print(f"All {len(manifest.shards)} shards are those of the manifest, digest {manifest.digest[:12]}")
+    console.print(f"{which} are those of the manifest, digest {manifest.digest[:12]}")
 
 
 def _splits(options: Sequence[str]) -> dict[str, float]:

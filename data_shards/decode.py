@@ -16,20 +16,31 @@ MAX_PIXELS = 100_000_000  # an image of more is a decompression bomb or belongs 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
 
+DICOM_PREFIX = slice(128, 132)
+"""Where a DICOM file says `DICM`, by PS3.10."""
+
+
 class ImageError(Exception):
     """An image that cannot be used; the message says why."""
+
+
+def is_dicom(data: bytes) -> bool:
+    return data[DICOM_PREFIX] == b"DICM"
 
 
 def open_image(data: bytes) -> Image.Image:
     """Decode an image fully and turn it upright. Raises ImageError."""
     if not data:
         raise ImageError("empty file")
+    if is_dicom(data):
+        from data_shards.dicom import open_dicom  # pydicom takes a moment to import
+
+        return open_dicom(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"too large: {image.width} x {image.height} pixels")
+            check_size(image.width, image.height)
             image.load()
             return ImageOps.exif_transpose(image)
     except ImageError:
@@ -38,6 +49,12 @@ def open_image(data: bytes) -> Image.Image:
         raise ImageError("unreadable: not an image") from None
     except Exception as error:  # Pillow's decoders raise struct.error, IndexError and others for damaged files
         raise ImageError(f"unreadable: {error or type(error).__name__}") from None
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ImageError for more than MAX_PIXELS; to be asked before pixels are decompressed."""
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"too large: {width} x {height} pixels")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -170,6 +170,8 @@ class Manifest(BaseModel):
     """Number of inputs left out, by reason; each is named in quarantine.jsonl."""
     conversions: dict[str, int]
     """Number of images that were converted, by what they had been."""
+    near_duplicates: dict[str, int] = {}
+    """Number of samples of one split with a near-duplicate in another, as `test-train`; duplicates.jsonl names them."""
     shards: tuple[ShardEntry, ...]
     precomputed: Precomputed | None = None
     """Present if the shards hold latent moments instead of images."""

@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from cluster.errors import UserError
 from cluster.weights import component_digest, local_weights
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry, index_name
+from data_shards.parallel import names_cluster
 from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
@@ -65,7 +67,16 @@ class Job:
     settings: Precomputed
     device: str
     batch_size: int
-    on_progress: Progress
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file to be made of a shard of images, or of prompts."""
+
+    name: str
+    made_of: str
+    """Digest of all that the file follows from."""
+    content: Any
 
 
 class EncodedShard(BaseModel):
@@ -95,28 +106,34 @@ def precompute(
     device: str | None = None,
     batch_size: int = 8,
     on_progress: Progress = lambda what, done, total: None,
+    on_encoded: Callable[[int, float], None] = lambda images, seconds: None,
 ) -> Manifest:
     """Encode all images of `shards`, their distinct captions, the empty prompt and `extra_prompts`; write to `out`.
 
-    `pretrained` is a FLUX model in the diffusers layout. `device` is "cuda" where there is one, else "cpu". A second
-    call with the same arguments encodes nothing; one after a killed call goes on where that was. What other arguments
-    leave as it is (all images, where only a prompt is new) is kept. Raises UserError if `out` holds something else.
+    `pretrained` is a FLUX model in the diffusers layout. `device` is "cuda" where there is one, else "cpu". Where
+    RAY_ADDRESS names a cluster, its GPUs (or CPUs) each encode whole files: the set is the same. `on_encoded` is told
+    how many images this call encoded, and in how many seconds. A second call with the same arguments encodes nothing;
+    one after a killed call goes on where that was. What other arguments leave as it is (all images, where only a prompt
+    is new) is kept. Raises UserError if `out` holds something else.
     """
     source = _images(shards)
     if storage.absolute(out) == storage.absolute(shards):
         raise UserError(f"the precomputed set cannot take the place of its own shards {shards}: name another folder")
     storage.check_writable(out)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = _settings(source, pretrained, resolution, max_tokens, horizontal_flip, device)
-    if existing := _finished(out, settings, extra_prompts):
-        on_progress("already precomputed", len(existing.shards), len(existing.shards))
-        return existing
-    _unpublish(out)
-    job = Job(shards, out, pretrained, settings, device, batch_size, on_progress)
-    encoded = _encode_shards(job, source)
-    captions = [caption for piece in encoded for caption in piece.captions]
-    # Extra prompts come last: others make another last file, and leave those before it.
-    files = _encode_prompts(job, list(dict.fromkeys([EMPTY_PROMPT, *captions, *extra_prompts])))
+    with _cluster_if_named():
+        device = device or _best_device()
+        settings = _settings(source, pretrained, resolution, max_tokens, horizontal_flip, device)
+        if existing := _finished(out, settings, extra_prompts):
+            on_progress("already precomputed", len(existing.shards), len(existing.shards))
+            return existing
+        _unpublish(out)
+        places = (storage.absolute(shards), storage.absolute(out), storage.absolute_if_there(pretrained))
+        job = Job(*places, settings, device, batch_size)
+        encoded = _encode_shards(job, source, on_progress, on_encoded)
+        # Extra prompts come last: others make another last file, and leave those before it.
+        captions = [caption for piece in encoded for caption in piece.captions]
+        prompts = list(dict.fromkeys([EMPTY_PROMPT, *captions, *extra_prompts]))
+        files = _encode_prompts(job, prompts, on_progress)
     _tidy(out, [piece.shard.name for piece in encoded], [file.name for file in files])
     PromptIndex(files=tuple(files)).save(out)
     undecodable = sum(len(piece.undecodable) for piece in encoded)
@@ -270,28 +287,84 @@ def _tidy(out: str, shards: Sequence[str], prompt_files: Sequence[str]) -> None:
             storage.delete(storage.join(out, name))
 
 
+@contextmanager
+def _cluster_if_named() -> Iterator[None]:
+    if not names_cluster():
+        yield
+        return
+    from cluster.runtime import connect
+
+    with connect(1):
+        yield
+
+
+def _best_device() -> str:
+    """cuda where there is a GPU: on the cluster, if there is one, for what starts the work may be a machine without."""
+    if names_cluster():
+        from cluster.runtime import total
+
+        return "cuda" if total("GPU") else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _notes(job: Job, kind: type[P], tasks: Sequence[Task]) -> dict[str, P | None]:
+    """What the notes say of the files that are there already."""
+    return {task.name: _noted(job.out, task.name, task.made_of, kind) for task in tasks}
+
+
+def _pieces(
+    job: Job, tasks: Sequence[Task], notes: Mapping[str, P | None], make_encoder: Callable[[Job], Callable[[Task], P]]
+) -> Iterator[P]:
+    """What describes each task's file, in order: its note, or else what an encoder that makes the file returns."""
+    made = _made(job, [task for task in tasks if notes[task.name] is None], make_encoder)
+    for task in tasks:
+        yield notes[task.name] or next(made)
+
+
+def _made(job: Job, tasks: Sequence[Task], make_encoder: Callable[[Job], Callable[[Task], P]]) -> Iterator[P]:
+    if not tasks:
+        return
+    if not names_cluster():
+        yield from map(make_encoder(job), tasks)
+        return
+    from cluster.runtime import grows, map_actors, total
+
+    resource = "CPU" if job.device == "cpu" else "GPU"
+    num_actors = len(tasks) if grows() else max(1, total(resource))
+    gpus = 0 if job.device == "cpu" else 1
+    yield from map_actors(partial(make_encoder, job), tasks, num_actors=num_actors, gpus_per_actor=gpus)
+
+
 # --- images ---
 
 
-def _encode_shards(job: Job, source: Manifest) -> list[EncodedShard]:
+def _encode_shards(
+    job: Job, source: Manifest, on_progress: Progress, on_encoded: Callable[[int, float], None]
+) -> list[EncodedShard]:
     """One shard of moments for each shard of images."""
     settings = job.settings
+    how = (settings.components["vae"], settings.resolution, settings.horizontal_flip)
+    tasks = [Task(shard.name, digest_of(shard.sha256, *how), shard) for shard in source.shards]
+    notes = _notes(job, EncodedShard, tasks)
     done, total = 0, sum(shard.num_samples for shard in source.shards)
     pieces: list[EncodedShard] = []
-    vae = None
-    for shard in source.shards:
-        made_of = digest_of(shard.sha256, settings.components["vae"], settings.resolution, settings.horizontal_flip)
-        piece = _noted(job.out, shard.name, made_of, EncodedShard)
-        if piece is None:
-            vae = vae or _load_vae(job)
-            piece = _make(job.out, shard.name, made_of, partial(_encode_shard, job, vae, shard, made_of))
+    started = time.monotonic()
+    for shard, piece in zip(source.shards, _pieces(job, tasks, notes, _image_encoder), strict=True):
         pieces.append(piece)
         done += shard.num_samples
-        job.on_progress("encoding images", done, total)
+        on_progress("encoding images", done, total)
+    num_encoded = sum(shard.num_samples for shard in source.shards if notes[shard.name] is None)
+    on_encoded(num_encoded, time.monotonic() - started)
     return pieces
 
 
-def _encode_shard(job: Job, vae: Any, shard: ShardEntry, made_of: str) -> EncodedShard:
+def _image_encoder(job: Job) -> Callable[[Task], EncodedShard]:
+    vae = _load_vae(job)
+    return lambda task: _make(job.out, task.name, task.made_of, partial(_encode_shard, job, vae, task))
+
+
+def _encode_shard(job: Job, vae: Any, task: Task) -> EncodedShard:
+    shard: ShardEntry = task.content
     captions: dict[str, None] = {}
     undecodable: list[str] = []
 
@@ -302,7 +375,7 @@ def _encode_shard(job: Job, vae: Any, shard: ShardEntry, made_of: str) -> Encode
                 undecodable.append(sample.key)
             yield {"__key__": sample.key, ABOUT_MEMBER: bytes(sample.members[ABOUT_MEMBER]), **moments}
 
-    entry = write_tar(samples(), job.out, name=shard.name, split=shard.split, made_of=made_of)
+    entry = write_tar(samples(), job.out, name=shard.name, split=shard.split, made_of=task.made_of)
     return EncodedShard(shard=entry, captions=tuple(captions), undecodable=tuple(undecodable))
 
 
@@ -365,22 +438,26 @@ def _load_vae(job: Job) -> Any:
 # --- prompts ---
 
 
-def _encode_prompts(job: Job, prompts: Sequence[str]) -> list[PromptFile]:
+def _encode_prompts(job: Job, prompts: Sequence[str], on_progress: Progress) -> list[PromptFile]:
     settings = job.settings
     text_parts = {name: digest for name, digest in settings.components.items() if name != "vae"}
+    tasks = []
+    for number, start in enumerate(range(0, len(prompts), PROMPTS_PER_FILE)):
+        some = prompts[start : start + PROMPTS_PER_FILE]
+        made_of = digest_of(some, text_parts, settings.max_tokens, settings.dtypes)
+        tasks.append(Task(f"prompts-{number:06d}.safetensors", made_of, some))
     files: list[PromptFile] = []
-    encode = None
-    for start in range(0, len(prompts), PROMPTS_PER_FILE):
-        chunk = prompts[start : start + PROMPTS_PER_FILE]
-        name = f"prompts-{start // PROMPTS_PER_FILE:06d}.safetensors"
-        made_of = digest_of(chunk, text_parts, settings.max_tokens, settings.dtypes)
-        piece = _noted(job.out, name, made_of, PromptFile)
-        if piece is None:
-            encode = encode or _load_text_encoders(job)
-            piece = _make(job.out, name, made_of, partial(_encode_file, job, encode, name, chunk))
-        files.append(piece)
-        job.on_progress("encoding prompts", start + len(chunk), len(prompts))
+    for file in _pieces(job, tasks, _notes(job, PromptFile, tasks), _prompt_encoder):
+        files.append(file)
+        on_progress("encoding prompts", min(len(files) * PROMPTS_PER_FILE, len(prompts)), len(prompts))
     return files
+
+
+def _prompt_encoder(job: Job) -> Callable[[Task], PromptFile]:
+    encode = _load_text_encoders(job)
+    return lambda task: _make(
+        job.out, task.name, task.made_of, partial(_encode_file, job, encode, task.name, task.content)
+    )
 
 
 def _encode_file(job: Job, encode: EncodePrompts, name: str, prompts: Sequence[str]) -> PromptFile:

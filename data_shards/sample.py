@@ -20,13 +20,15 @@ class Record:
     source_id: str
     """The image's file name in its data set; the ending may be missing."""
     folder: str
-    """Folder or s3:// prefix of the images."""
+    """Folder or s3:// prefix of the images; with `part`, the one file that holds them."""
     captions: tuple[str, ...]
     group: str | None = None
     """Patient, video or the like: one group never crosses splits. None: a group of its own."""
     licence: str | None = None
     split: str | None = None
     """The split that the data set itself puts this image in, if it does."""
+    part: tuple[int, int] | None = None
+    """(offset, length) of the image's bytes in its file; None: the whole file `source_id` in `folder`."""
 
 
 @dataclass(frozen=True)

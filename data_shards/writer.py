@@ -9,12 +9,14 @@ and writing again completes them.
 import hashlib
 import io
 import json
+import re
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,14 +25,22 @@ from webdataset.writer import TarWriter
 
 from cluster import storage
 from cluster.errors import UserError
-from data_shards.decode import FORMATS, ImageError, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
+from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
+from data_shards.parallel import Map, mapping, names_cluster
 from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
-IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png")
+DUPLICATES = "duplicates.jsonl"
+IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
+NOT_FOUND = "file not found"
+NOT_SHARED = (
+    "is not there on all machines of the cluster: keep images and --out on s3://, or in a folder that all of them share"
+)
+CHECKED_AT_ONCE = 64  # images of one task on a cluster: a second or so
 NO_GROUPS = "each image is a group of its own"
 
 Splits = Mapping[str, float]
@@ -64,6 +74,7 @@ class Checked:
     uri: str
     crc32: int
     conversion: str | None  # what the image had been, if it has to be converted
+    perceptual_hash: bytes
 
 
 @dataclass(frozen=True)
@@ -85,15 +96,21 @@ def write_shards(
     num_workers: int = 4,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
-    """Write shards, quarantine.jsonl and manifest.json to `out` and return the manifest.
+    """Write shards, quarantine.jsonl, duplicates.jsonl and manifest.json to `out` and return the manifest.
 
-    A second call with the same input writes nothing. Raises UserError if `out` holds shards of other input or
-    settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
+    Images are checked and shards written by `num_workers` threads, or by the cluster that RAY_ADDRESS names: the bytes
+    are the same. A second call with the same input writes nothing. Raises UserError if `out` holds shards of other
+    input or settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
     """
+    if names_cluster():
+        from cluster.runtime import check_outlives_job
+
+        check_outlives_job(out, "--out ")
+    out = storage.absolute(out)
     storage.check_writable(out)
-    inputs = list(records)
-    with ThreadPoolExecutor(num_workers) as pool:
-        checked, quarantine = _check_all(inputs, settings, pool, on_progress)
+    inputs = [replace(record, folder=storage.absolute(record.folder)) for record in records]
+    with mapping(num_workers) as apply:
+        checked, quarantine = _check_all(inputs, settings, apply, on_progress)
         parts = _split(checked, settings)
         fingerprint = _fingerprint(parts, settings)
         if existing := _finished(out, fingerprint, overwrite):
@@ -101,11 +118,14 @@ def write_shards(
             return existing
         pieces = list(_pieces(parts, settings))
         shards: list[ShardEntry] = []
-        # Each shard is made from its piece alone, so this map could as well run on a cluster.
-        for shard in pool.map(lambda piece: write_shard(piece, out, settings.resize), pieces):
+        for shard in apply(partial(write_shard, out=out, resize=settings.resize), pieces):
+            _check_shared(storage.join(out, shard.name))
             shards.append(shard)
             on_progress("writing shards", len(shards), len(pieces))
-    storage.write_bytes(storage.join(out, QUARANTINE), "".join(json.dumps(q) + "\n" for q in quarantine).encode())
+    _tidy(out, settings)
+    duplicates = _duplicates(parts)
+    _write_lines(storage.join(out, QUARANTINE), quarantine)
+    _write_lines(storage.join(out, DUPLICATES), [asdict(duplicate) for duplicate in duplicates])
     manifest = Manifest(
         name=settings.name,
         source={**source, "fingerprint": fingerprint},
@@ -115,6 +135,7 @@ def write_shards(
         licences=Counter(s.record.licence or "not stated" for part in parts.values() for s in part),
         quarantined=Counter(q["kind"] for q in quarantine),
         conversions=Counter(s.conversion for part in parts.values() for s in part if s.conversion),
+        near_duplicates=Counter(f"{found.split}-{found.other_split}" for found in duplicates),
         shards=tuple(shards),
     )
     manifest.save(out)
@@ -164,14 +185,15 @@ def digest_of(*parts: Any) -> str:
 def _check_all(
     inputs: Sequence[Record],
     settings: Settings,
-    pool: ThreadPoolExecutor,
+    apply: Map,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[list[Checked], list[dict[str, str]]]:
     """The good samples, and for each bad one its source id, the kind of its fault, and the whole reason."""
     checked: list[Checked] = []
     quarantine: list[dict[str, str]] = []
     keys: set[str] = set()
-    for done, (record, result) in enumerate(zip(inputs, pool.map(_check, inputs), strict=True), start=1):
+    results = apply(_check, inputs, CHECKED_AT_ONCE)
+    for done, (record, result) in enumerate(zip(inputs, results, strict=True), start=1):
         if isinstance(result, Checked) and result.key in keys:
             result = BadInputError(f"duplicate key: another image is '{result.key}' already")
         if isinstance(result, Checked):
@@ -179,6 +201,8 @@ def _check_all(
             checked.append(result)
         else:
             reason = str(result)
+            if reason == NOT_FOUND:
+                _check_missing(record)
             quarantine.append({"source_id": record.source_id, "kind": reason.partition(":")[0], "reason": reason})
         on_progress("checking images", done, len(inputs))
     if len(quarantine) > settings.max_quarantined * len(inputs) or not checked:
@@ -197,25 +221,26 @@ def _check(record: Record) -> Checked | BadInputError:
         if not record.captions:
             raise BadInputError("empty caption")
         uri = _locate(record)
-        data = storage.read_bytes(uri)
+        data = storage.read_bytes(uri, *(record.part or ()))
         image = open_image(data)
-        conversion = _conversion(image, data)
-        if conversion:
-            to_rgb(image)
+        pixels = to_rgb(image)
     except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
     except storage.StorageError as problem:
         if storage.is_remote(record.folder):
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
-    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion)
+    conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
+    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
 
 
 def _locate(record: Record) -> str:
-    """The image's URI, which never leaves the record's folder."""
+    """The URI of the image's file, which never leaves the record's folder."""
     name = record.source_id
     if not name:
         raise BadInputError("no file name")
+    if record.part is not None:
+        return record.folder
     if name.startswith(("/", "~")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
         raise BadInputError("path leaves the image folder")
     for ending in IMAGE_ENDINGS:
@@ -226,7 +251,20 @@ def _locate(record: Record) -> str:
                 if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
                     raise BadInputError("path leaves the image folder: it is a link")
             return uri
-    raise BadInputError("file not found")
+    raise BadInputError(NOT_FOUND)
+
+
+def _check_missing(record: Record) -> None:
+    """Raise UserError for a file that only machines of the cluster other than this one miss."""
+    if names_cluster() and not storage.is_remote(record.folder):
+        with suppress(BadInputError):
+            raise UserError(f"{_locate(record)} {NOT_SHARED}")
+
+
+def _check_shared(uri: str) -> None:
+    """Raise UserError for a shard that another machine of the cluster wrote to a disk of its own."""
+    if names_cluster() and not storage.exists(uri):
+        raise UserError(f"{uri} {NOT_SHARED}")
 
 
 def _key(source_id: str) -> str:
@@ -237,6 +275,8 @@ def _key(source_id: str) -> str:
 
 
 def _conversion(image: Image.Image, data: bytes) -> str | None:
+    if is_dicom(data):
+        return "DICOM"
     kind = Image.open(io.BytesIO(data), formats=FORMATS)
     if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
         return None
@@ -269,8 +309,9 @@ def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Che
     for sample in checked:
         split = stated.get(_group(sample)) or _drawn_split(_group(sample), settings)
         parts.setdefault(split, []).append(sample)
+    is_drawn = any(not sample.record.split for sample in checked)
     for split, part in parts.items():
-        if not part and settings.splits[split] > 0:
+        if not part and is_drawn and settings.splits[split] > 0:
             counts = ", ".join(f"{name} {len(samples)}" for name, samples in parts.items())
             raise UserError(
                 f"split '{split}' is empty ({counts} samples): give it a larger share with --split, "
@@ -290,6 +331,16 @@ def _drawn_split(group: str, settings: Settings) -> str:
         if draw < 0:
             return split
     return list(settings.splits)[-1]
+
+
+def _duplicates(parts: Mapping[str, Sequence[Checked]]) -> list[Duplicate]:
+    """What would leak from one split to another, though no group does."""
+    samples = [(split, sample) for split, part in parts.items() for sample in part]
+    return find_duplicates(
+        [sample.key for _, sample in samples],
+        [split for split, _ in samples],
+        [sample.perceptual_hash for _, sample in samples],
+    )
 
 
 def _split_rule(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> str:
@@ -313,7 +364,7 @@ def _pieces(parts: Mapping[str, Sequence[Checked]], settings: Settings) -> Itera
 
 def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
     record = sample.record
-    data = storage.read_bytes(sample.uri)
+    data = storage.read_bytes(sample.uri, *(record.part or ()))
     if zlib.crc32(data) != sample.crc32:
         raise UserError(f"{sample.uri} changed while shards were written; start again")
     about = {
@@ -332,18 +383,31 @@ def _members(sample: Checked, resize: int | None) -> dict[str, str | bytes]:
 
 def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, bytes]:
     """The image as it came if it is a plain JPEG or PNG of the wanted size, else as a lossless 8-bit RGB PNG."""
-    kind = Image.open(io.BytesIO(data), formats=FORMATS)
-    shrinks = resize is not None and min(kind.size) > resize
-    if sample.conversion is None and not shrinks:
-        return PASSED_THROUGH[str(kind.format), kind.mode], data
+    if sample.conversion is None:
+        kind = Image.open(io.BytesIO(data), formats=FORMATS)
+        if resize is None or min(kind.size) <= resize:
+            return PASSED_THROUGH[str(kind.format), kind.mode], data
     image = to_rgb(open_image(data))
-    if resize is not None and shrinks:
+    if resize is not None and min(image.size) > resize:
         scale = resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
     png = io.BytesIO()
     image.save(png, "PNG")
     return "png", png.getvalue()
+
+
+def _write_lines(uri: str, documents: Iterable[Mapping[str, Any]]) -> None:
+    storage.write_bytes(uri, "".join(json.dumps(document) + "\n" for document in documents).encode())
+
+
+def _tidy(out: str, settings: Settings) -> None:
+    """Remove files that a killed process was about to give their names."""
+    names = "|".join(re.escape(name) for name in (QUARANTINE, DUPLICATES, MANIFEST, ".writable"))
+    half_written = re.compile(rf"\.({re.escape(settings.name)}-[^/]+-\d{{6}}\.[^/]+|{names})\.\w{{8}}")
+    for name in storage.list_files(out):
+        if half_written.fullmatch(name):
+            storage.delete(storage.join(out, name))
 
 
 def _with_crc(entry: SampleEntry, file: io.BufferedRandom) -> SampleEntry:

@@ -21,8 +21,7 @@ DOORS = {
         "trainers/launch.py",
         "trainers/exporter.py",  # what a rank measures, for Ray's metrics exporter
         "sweeps/tune.py",
-        "data_shards/writer.py",
-        "data_shards/precompute.py",
+        "data_shards/parallel.py",
     },
     "deepspeed": {"trainers/engines/zero3.py", "trainers/engines/deepspeed_config.py"},
 }

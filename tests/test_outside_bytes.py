@@ -27,6 +27,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.data import get_testdata_file
 from torch import nn
 
 from cluster import storage
@@ -38,6 +39,7 @@ from data_shards.decode import ImageError, decode
 from data_shards.manifest import SampleEntry, ShardEntry, ShardIndex, read_index
 from data_shards.prompts import write_prompts
 from data_shards.reader import Encoded, ShardReader
+from data_shards.sources.embedded import embedded_records, row_files
 from data_shards.sources.table import Columns, read_rows, records_of
 from data_shards.writer import write_tar
 from sweeps.spec import load_spec
@@ -174,6 +176,41 @@ def parquet() -> bytes:
     return data.getvalue()
 
 
+def dicoms() -> list[bytes]:
+    """Grey and colours, plain and compressed: pydicom's own."""
+    names = ("MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "SC_rgb_small_odd_jpeg.dcm")
+    return [Path(str(get_testdata_file(name, download=False))).read_bytes() for name in names]
+
+
+def rows_of_images() -> pyarrow.Table:
+    rows = [{"image": {"bytes": image("L", "PNG"), "path": "a.png"}, "caption": caption} for caption in ("x", None)]
+    return pyarrow.Table.from_pylist(rows)
+
+
+def parquet_of_images() -> bytes:
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(rows_of_images(), data)
+    return data.getvalue()
+
+
+def arrow_of_images() -> bytes:
+    data = io.BytesIO()
+    table = rows_of_images()
+    with pyarrow.ipc.new_stream(data, table.schema) as stream:
+        stream.write_table(table)
+    return data.getvalue()
+
+
+def parse_rows(source: Path) -> Any:
+    with embedded_records(str(source), str(source.parent / "out"), Columns()) as records:
+        return [storage.read_bytes(r.folder, *r.part) for r in records if r.part]
+
+
+def parse_saved_rows(path: Path) -> Any:
+    (path.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
+    return parse_rows(path.parent)
+
+
 def trained() -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -267,6 +304,14 @@ PARSERS = {
     "prompts": Parser("prompts.json", lambda: [prompts_index()], parse_prompts_index),
     "shard": Parser("s.tar", lambda: [shard()], parse_shard),
     "image": Parser("image", images, lambda path: decode(path.read_bytes(), 16)),
+    "dicom": Parser("image.dcm", dicoms, lambda path: decode(path.read_bytes(), 16)),
+    "parquet of images": Parser("train.parquet", lambda: [parquet_of_images()], parse_rows),
+    "arrow": Parser("data-00000-of-00001.arrow", lambda: [arrow_of_images()], parse_saved_rows),
+    "saved data set": Parser(
+        "state.json",
+        texts({"_data_files": [{"filename": "data.arrow"}], "_split": "train"}),
+        lambda path: row_files(str(path.parent)),
+    ),
     "moments": Parser("moments.npy", lambda: [npy(4, 2, 2)], lambda path: moments(path.read_bytes())),
     "csv": Parser(
         "t.csv",

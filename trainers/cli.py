@@ -113,12 +113,18 @@ def precompute(
     batch_size: Annotated[int, typer.Option(min=1, help="Images and captions encoded at a time.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
-    """Encode a recipe's images and captions once, so that training needs no encoder.
+    """Encode a recipe's images and captions once, so that training needs no encoder; with RAY_ADDRESS, on its GPUs.
 
     medsynth shards precompute recipes/flux-full-8gpu.yaml --set data.shards=my-shards
     """
     loaded = _flux_recipe(recipe, overrides, "shards precompute")
     from data_shards.precompute import precompute as encode
+
+    encoded: list[str] = []
+
+    def note_speed(images: int, seconds: float) -> None:
+        if images:
+            encoded.append(f" and {seconds / images * 1000:.3g} s")
 
     with progress_lines(console) as on_progress:
         manifest = encode(
@@ -132,9 +138,15 @@ def precompute(
             batch_size=batch_size,
             device=device,
             on_progress=on_progress,
+            on_encoded=note_speed,
         )
     total = sum(shard.num_samples for shard in manifest.shards)
-    console.print(f"{total} samples at {loaded.data.precomputed}, digest {manifest.digest[:12]}", soft_wrap=True)
+    megabytes = sum(shard.num_bytes for shard in manifest.shards) / 1e6
+    console.print(
+        f"{total} samples at {loaded.data.precomputed}, digest {manifest.digest[:12]}: "
+        f"{megabytes / total * 1000:.3g} MB{''.join(encoded)} per 1,000 images, prompts aside",
+        soft_wrap=True,
+    )
 
 
 def plan(

@@ -30,6 +30,14 @@ class Columns:
     group: str | None = None
     licence: str | None = None
     split: str | None = None
+    id: str | None = None
+    """Of images within rows: what names an image, where a row does not stand for one of its own."""
+
+    @property
+    def used(self) -> list[str]:
+        """The names that are not None."""
+        optional = (self.group, self.licence, self.split, self.id)
+        return [self.image, self.caption, *(name for name in optional if name is not None)]
 
 
 def table_records(table_uri: str, images_uri: str, columns: Columns) -> Iterator[Record]:
@@ -38,9 +46,7 @@ def table_records(table_uri: str, images_uri: str, columns: Columns) -> Iterator
     Raises UserError if the table cannot be read or lacks a column.
     """
     rows = read_rows(table_uri)
-    for column in (columns.image, columns.caption, columns.group, columns.licence, columns.split):
-        if column is not None:
-            _check_column(rows, column, table_uri)
+    check_columns(columns, [str(name) for name in rows[0]], table_uri)
     return records_of(rows, images_uri, columns)
 
 
@@ -51,22 +57,22 @@ def records_of(rows: Sequence[Row], images_uri: str, columns: Columns) -> Iterat
     """
     with_ending: dict[str, set[str]] = {}
     for row in rows:
-        name = _text(row, columns.image)
+        name = text_of(row, columns.image)
         with_ending.setdefault(name.rpartition(".")[0], set()).add(name)
     by_image: dict[str, list[Row]] = {}
     for row in rows:
-        name = _text(row, columns.image)
+        name = text_of(row, columns.image)
         fuller = with_ending.get(name, set())
         by_image.setdefault(min(fuller) if len(fuller) == 1 else name, []).append(row)
     for image, its_rows in by_image.items():
-        captions = dict.fromkeys(_text(row, columns.caption) for row in its_rows)
+        captions = dict.fromkeys(text_of(row, columns.caption) for row in its_rows)
         yield Record(
             source_id=image,
             folder=images_uri,
             captions=tuple(caption for caption in captions if caption),
-            group=_text(its_rows[0], columns.group) or None,
-            licence=_text(its_rows[0], columns.licence) or None,
-            split=_text(its_rows[0], columns.split) or None,
+            group=text_of(its_rows[0], columns.group) or None,
+            licence=text_of(its_rows[0], columns.licence) or None,
+            split=text_of(its_rows[0], columns.split) or None,
         )
 
 
@@ -108,13 +114,14 @@ def _parquet_rows(data: bytes) -> Iterator[Row]:
         yield from batch.to_pylist()
 
 
-def _check_column(rows: list[Row], column: str, uri: str) -> None:
-    there = [str(name) for name in rows[0]]
-    if column not in there:
-        hint = did_you_mean(column, there)
-        raise UserError(f"{uri} has no column '{column}': {hint}it has {', '.join(there)}")
+def check_columns(columns: Columns, there: Sequence[str], uri: str) -> None:
+    """Raise UserError for a column that is not there."""
+    for column in columns.used:
+        if column not in there:
+            hint = did_you_mean(column, there)
+            raise UserError(f"{uri} has no column '{column}': {hint}it has {', '.join(there)}")
 
 
-def _text(row: Row, column: str | None) -> str:
+def text_of(row: Row, column: str | None) -> str:
     value = row.get(column) if column else None
     return "" if value is None else str(value).strip()

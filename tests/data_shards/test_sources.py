@@ -1,6 +1,7 @@
 """Sources: the formats of the two data sets, any table, and what is wrong with a table in words."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -9,6 +10,8 @@ import pytest
 
 from cluster import storage
 from cluster.errors import UserError
+from data_shards import Settings, write_shards
+from data_shards.manifest import read_index
 from data_shards.sources import Columns, medvqa_records, roco_records, table_records
 from tests.conftest import DATA
 
@@ -27,6 +30,59 @@ def test_the_real_radiology_set() -> None:
     assert {record.licence for record in records} == {"CC BY 3.0", "CC BY 4.0", "CC BY", "CC BY-SA"}
     assert len({record.group for record in records}) == 15
     assert all(storage.exists(f"{record.folder}/{record.source_id}.jpg") for record in records)
+
+
+@pytest.mark.parametrize("folders", ["{part}", "{part}_images", "{part}_images/{part}"])
+def test_rocov2_as_it_is_published(tmp_path: Path, folders: str) -> None:
+    """Three captions files and their archives unpacked: its own splits, and the licence of each image."""
+    real = [*roco_records(str(DATA / "radiology"))][:5]
+    parts = {"train": real[:2], "valid": real[2:3], "test": real[3:]}
+    licences = "ID, PMCID ,Attribution,Link\n"
+    for part, records in parts.items():
+        folder = tmp_path / folders.format(part=part)
+        folder.mkdir(parents=True)
+        lines = ["ID,Caption"]
+        for record in records:
+            shutil.copy(f"{record.folder}/{record.source_id}.jpg", folder)
+            lines.append(f'{record.source_id},"{record.captions[0]}"')
+            licences += f"{record.source_id},PMC1,© 2020 Someone et al. (CC BY-NC 4.0),https://example.org/1\n"
+        (tmp_path / f"{part}_captions.csv").write_text("\n".join(lines))
+        (tmp_path / f"{part}_concepts.csv").write_text("ID,CUIs\n")
+    (tmp_path / "license_information.csv").write_text(licences)
+    settings = Settings(name="roco", splits={"train": 0.8, "validation": 0.1, "test": 0.1})
+    manifest = write_shards(roco_records(str(tmp_path)), str(tmp_path / "out"), settings, source={"uri": "x"})
+    found = {e.key: s.split for s in manifest.shards for e in read_index(str(tmp_path / "out"), s)}
+    assert found == {r.source_id: {"valid": "validation"}.get(p, p) for p, rs in parts.items() for r in rs}
+    assert (manifest.split_rule, manifest.licences) == ("as stated by the data set", {"CC BY-NC 4.0": 5})
+    # A part whose archive was not downloaded is no mistake if its captions are not there either.
+    (tmp_path / "test_captions.csv").unlink()
+    part_of_it = write_shards(roco_records(str(tmp_path)), str(tmp_path / "less"), settings, source={"uri": "x"})
+    assert part_of_it.splits == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "licence"),
+    [
+        ("ID,License", "cc-by-4.0", "CC BY-4.0"),
+        ("id,Licence,Attribution", "CC0 1.0,A", "CC0"),
+        ("ID,Attribution", "all rights reserved", None),
+        ("Name,License", "CC BY", None),
+    ],
+)
+def test_licences_are_read_leniently(tmp_path: Path, header: str, value: str, licence: str | None) -> None:
+    (tmp_path / "captions.csv").write_text("ID,Caption\na,x\n")
+    (tmp_path / "license_information.csv").write_text(f"{header}\na,{value}\n")
+    assert [record.licence for record in roco_records(str(tmp_path))] == [licence]
+
+
+def test_captions_of_rocov2_without_their_images_or_with_others(tmp_path: Path) -> None:
+    for part in ("train", "valid"):
+        (tmp_path / f"{part}_captions.csv").write_text("ID,Caption\na,x\n")
+    with pytest.raises(UserError, match=r"none of its images: unpack train_images.zip to train_images/"):
+        list(roco_records(str(tmp_path)))
+    (tmp_path / "my_captions.csv").write_text("ID,Caption\na,x\n")
+    with pytest.raises(UserError, match=r"found my_captions.csv, train_captions.csv, valid_captions.csv"):
+        list(roco_records(str(tmp_path)))
 
 
 def test_rows_of_one_image_are_its_captions(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_shards_of_other_input_are_not_overwritten_unasked(small_source: Path, t
     second = write(small_source, out, samples_per_shard=3, overwrite=True)
     assert len(second.shards) > len(first.shards)
     names = {name for shard in second.shards for name in (shard.name, shard.index_name)}
-    assert files(out).keys() == names | {"manifest.json", "quarantine.jsonl"}
+    assert files(out).keys() == names | {"manifest.json", "quarantine.jsonl", "duplicates.jsonl"}
 
 
 def test_the_digest_follows_the_content(small_source: Path, tmp_path: Path) -> None:

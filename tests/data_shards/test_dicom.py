@@ -1,0 +1,257 @@
+"""DICOM: what a viewer would show, by the standard's own formulas, and nothing that names a patient."""
+
+import io
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
+
+from data_shards import Manifest, Settings, write_shards
+from data_shards.decode import ImageError, decode, open_image
+from data_shards.dicom import window
+from data_shards.sources import Columns, table_records
+from tests.conftest import DATA
+
+SECRETS = {
+    "PatientName": "Kowalska^Agnieszka",
+    "PatientID": "MRN-7731905",
+    "PatientBirthDate": "19611203",
+    "StudyDate": "20190417",
+    "InstitutionName": "Szpital Wolski",
+    "AccessionNumber": "ACC-552817",
+    "StudyDescription": "Chest of Kowalska",
+}
+PRIVATE_SECRET = "private note on 7731905"
+
+
+def radiograph(**changes: Any) -> pydicom.Dataset:
+    """A real chest radiograph as 12-bit DICOM, with the tags of a patient."""
+    grey = np.asarray(Image.open(DATA / "radiology" / "images" / "covidcxr_0006.jpg").convert("L").resize((64, 48)))
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = generate_uid()
+    for name, value in SECRETS.items():
+        setattr(dataset, name, value)
+    dataset.private_block(0x0099, "US", create=True).add_new(1, "LO", PRIVATE_SECRET)
+    dataset.Rows, dataset.Columns = grey.shape
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.PixelData = (grey.astype(np.uint16) * 16).tobytes()
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def encoded(dataset: pydicom.Dataset) -> bytes:
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
+
+
+def shown(dataset: pydicom.Dataset) -> np.ndarray:
+    return np.asarray(open_image(encoded(dataset)))
+
+
+def stored(dataset: pydicom.Dataset) -> np.ndarray:
+    return np.frombuffer(dataset.PixelData, np.uint16).reshape(dataset.Rows, dataset.Columns).astype(np.float64)
+
+
+# --- what is shown ---
+
+
+def by_the_standard(x: float, centre: float, width: float, function: str) -> float:
+    """PS3.3 C.11.2.1.2.1 and C.11.2.1.3.1-2, case by case as they are printed, for 0..255."""
+    if function == "SIGMOID":
+        exponent = -4 * (x - centre) / width
+        return 255 / (1 + math.exp(exponent)) if exponent < 700 else 0.0
+    if function == "LINEAR_EXACT":
+        if x <= centre - width / 2:
+            return 0.0
+        if x > centre + width / 2:
+            return 255.0
+        return ((x - centre) / width + 0.5) * 255
+    if x <= centre - 0.5 - (width - 1) / 2:
+        return 0.0
+    if x > centre - 0.5 + (width - 1) / 2:
+        return 255.0
+    return ((x - (centre - 0.5)) / (width - 1) + 0.5) * 255
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize(
+    ("centre", "width"), [(40.0, 400.0), (-600.0, 1500.0), (2047.5, 4096.0), (10.0, 1.0), (0, 2.5)]
+)
+def test_a_window_is_that_of_the_standard(function: str, centre: float, width: float) -> None:
+    values = np.concatenate([np.arange(-1100, 4200, 7.0), [centre, centre - 0.5, centre + 0.5, centre - width / 2]])
+    expected = [by_the_standard(x, centre, width, function) for x in values]
+    np.testing.assert_allclose(window(values, centre, width, function), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_rescaled_values_go_through_the_first_window(photometric: str) -> None:
+    dataset = radiograph(PhotometricInterpretation=photometric, RescaleSlope="0.5", RescaleIntercept="-100")
+    dataset.WindowCenter, dataset.WindowWidth = ["700", "3"], ["1200", "9"]
+    rescaled = stored(dataset) * 0.5 - 100
+    expected = np.vectorize(by_the_standard)(rescaled, 700, 1200, "LINEAR")
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    assert np.abs(shown(dataset) - expected).max() <= 0.5
+    assert len(np.unique(expected)) > 50
+
+
+def test_without_a_window_grey_goes_from_its_darkest_to_its_brightest() -> None:
+    dataset = radiograph()
+    values = stored(dataset)
+    expected = (values - values.min()) / (values.max() - values.min()) * 255
+    assert np.abs(shown(dataset) - expected).max() <= 0.5
+
+
+def test_a_table_of_values_of_interest_is_looked_up() -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor = [4096, 0, 10]
+    table.LUTData = [int(1023 * (i / 4095) ** 2) for i in range(4096)]
+    table["LUTData"].VR = "US"
+    dataset = radiograph(VOILUTSequence=[table])
+    expected = np.floor(1023 * (stored(dataset) / 4095) ** 2) / 1023 * 255
+    assert np.abs(shown(dataset) - expected).max() <= 0.5
+
+
+def test_signed_values_keep_their_sign() -> None:
+    dataset = radiograph(PixelRepresentation=1, BitsStored=16, HighBit=15, WindowCenter="-200", WindowWidth="900")
+    values = (stored(dataset) - 1500).astype(np.int16)
+    dataset.PixelData = values.tobytes()
+    expected = np.vectorize(by_the_standard)(values.astype(np.float64), -200, 900, "LINEAR")
+    assert np.abs(shown(dataset) - expected).max() <= 0.5
+
+
+def test_colours_are_those_of_the_picture() -> None:
+    """The same real picture, as pydicom's own files hold it: RGB, run-length encoded, as YBR, and as JPEG."""
+    plain = np.asarray(open_image(read("SC_rgb_dcmtk_+eb+cr.dcm"))).astype(int)
+    assert plain.shape == (100, 100, 3)
+    for name, tolerance in (
+        ("SC_rgb_rle.dcm", 0.2),
+        ("SC_ybr_full_422_uncompressed.dcm", 2),
+        ("SC_rgb_jpeg_dcmtk.dcm", 3),
+    ):
+        assert np.abs(np.asarray(open_image(read(name))).astype(int) - plain).mean() <= tolerance, name
+
+
+def test_a_palette_is_applied() -> None:
+    data = read("examples_palette.dcm")
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    table = np.frombuffer(dataset.RedPaletteColorLookupTableData, "<u2")
+    red = table[np.asarray(dataset.pixel_array)] / 65535 * 255
+    assert np.abs(np.asarray(open_image(data))[..., 0] - red).max() <= 1
+
+
+def test_compressed_grey_is_that_of_the_uncompressed_file() -> None:
+    plain = np.asarray(open_image(read("MR_small.dcm")))
+    for name in ("MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"):
+        np.testing.assert_array_equal(np.asarray(open_image(read(name))), plain)
+
+
+def read(name: str) -> bytes:
+    path = get_testdata_file(name, download=False)
+    assert isinstance(path, str), name
+    return Path(path).read_bytes()
+
+
+# --- what is refused ---
+
+
+def many_frames() -> bytes:
+    return read("SC_rgb_rle_2frame.dcm")
+
+
+def vast() -> bytes:
+    """Run-length encoded zeros: small in the file, and never to be unpacked."""
+    dataset = radiograph(Rows=60_000, Columns=60_000)
+    dataset.file_meta.TransferSyntaxUID = RLELossless
+    dataset.PixelData = pydicom.encaps.encapsulate([bytes(100)])
+    dataset["PixelData"].is_undefined_length = True
+    return encoded(dataset)
+
+
+def without_decoder() -> bytes:
+    return read("JPEGLSNearLossless_08.dcm")
+
+
+REFUSED: dict[Callable[[], bytes], str] = {
+    many_frames: "multi-frame: 2 frames",
+    vast: "too large: 60000 x 60000 pixels",
+    without_decoder: "unreadable: no decoder for JPEG-LS .*: install",
+    lambda: read("rtplan.dcm"): "unreadable: DICOM file without pixels",
+    lambda: read("MR_truncated.dcm"): r"unreadable: damaged or unusual DICOM file \(ValueError\)",
+    lambda: read("image_dfl.dcm"): "unreadable: deflated",
+    lambda: encoded(radiograph(WindowCenter="4", WindowWidth="0")): "unreadable: damaged",
+    lambda: encoded(radiograph(BurnedInAnnotation="YES")): "burned-in annotation: the file says",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_what_cannot_be_shown_says_why(make: Callable[[], bytes]) -> None:
+    with pytest.raises(ImageError, match=REFUSED[make]):
+        decode(make(), 16)
+
+
+# --- what stays behind ---
+
+
+def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(tmp_path: Path) -> None:
+    """Searched for in every byte: good files, one with burned-in names, and files whose damage quotes their tags."""
+    datasets = {f"good{i}": radiograph() for i in range(3)}
+    datasets["named"] = radiograph(BurnedInAnnotation="YES")
+    contents = {name: encoded(dataset) for name, dataset in datasets.items()}
+    good = contents["good0"]
+    contents["bad-kind"] = good.replace(b"DA\x08\x0019611203", b"IS\x08\x0019611203").replace(
+        b"MONOCHROME2", b"MRN-7731905"
+    )
+    contents["bad-rows"] = good.replace(b"US\x02\x00\x30\x00", b"DS\x02\x0077")
+    contents["cut"] = good[: len(good) // 2]
+    for name, content in contents.items():
+        (tmp_path / f"{name}.dcm").write_bytes(content)
+    rows = "".join(f"{name},a chest radiograph\n" for name in contents)
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
+    records = table_records(str(tmp_path / "t.csv"), str(tmp_path), Columns())
+    manifest = write_shards(records, str(tmp_path / "out"), Settings("set", {"train": 1}), source={"uri": "t"})
+
+    assert manifest.conversions == {"DICOM": 3}
+    assert manifest.quarantined == {"burned-in annotation": 1, "unreadable": 3}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(written) >= 3
+    images = 0
+    for name, content in written.items():
+        for secret in (*SECRETS.values(), *SECRETS["PatientName"].split("^"), PRIVATE_SECRET, "7731905"):
+            assert secret.encode() not in content, f"{secret} in {name}"
+        start = content.find(b"\x89PNG")
+        while start >= 0:
+            assert chunks(content, start) == {b"IHDR", b"IDAT", b"IEND"}
+            images += 1
+            start = content.find(b"\x89PNG", start + 1)
+    assert images == 3
+    quarantine = [json.loads(line) for line in written["quarantine.jsonl"].decode().splitlines()]
+    assert {q["source_id"] for q in quarantine} == {"named", "bad-kind", "bad-rows", "cut"}
+    assert Manifest.load(str(tmp_path / "out")) == manifest
+
+
+def chunks(data: bytes, start: int) -> set[bytes]:
+    """Kinds of the chunks of the PNG there, which keeps text in some of other kinds."""
+    found, at = set(), start + 8
+    while b"IEND" not in found:
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        assert zlib.crc32(data[at + 4 : at + 8 + length]) == int.from_bytes(data[at + 8 + length :][:4], "big")
+        found.add(kind)
+        at += 12 + length
+    return found
