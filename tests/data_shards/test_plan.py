@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.plan import Place, Plan, deal
+from data_shards.plan import Place, Plan, deal, window_size
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=7).map(tuple)
 
@@ -89,3 +89,11 @@ def test_micro_batches_are_dealt_out_to_any_number_of_ranks(num_micro_batches: i
     losses = [3.0**number for number in range(num_micro_batches)]
     of_ranks = [sum(weight * losses[number] for number, weight in share) for share in dealt]
     assert sum(of_ranks) / world_size == pytest.approx(sum(losses) / num_micro_batches)
+
+
+@given(st.integers(1, 100_000))
+def test_what_lanes_hold_together_is_bounded(global_batch_size: int) -> None:
+    """Until the batch alone is larger: a window is worth a request."""
+    window = window_size(global_batch_size)
+    assert 8 <= window <= 64
+    assert window == 8 or window * global_batch_size <= 4096

@@ -22,6 +22,7 @@ from cluster import counters, storage
 from cluster.errors import UserError
 from data_shards import Batch, Manifest, Settings, ShardStream, plan, write_shards
 from data_shards.manifest import ShardIndex, read_index
+from data_shards.plan import window_size
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
 from data_shards.writer import write_tar
@@ -127,23 +128,49 @@ def test_one_pass_sees_each_sample_once_and_the_same_each_time(shards: str, worl
     assert joined(passed(4000))["keys"] == expected
 
 
-def test_reads_are_ranged_and_few(s3_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From object storage: windows of samples in one request each, never a request for each sample."""
-    reads: list[tuple[int, int | None]] = []
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, int]]]:
+    """(start, stop) of each read of a shard, by its name."""
+    found: dict[str, list[tuple[int, int]]] = {}
     read_bytes = storage.read_bytes
 
-    def counted(uri: str, start: int = 0, length: int | None = None) -> bytes:
+    def noted(uri: str, start: int = 0, length: int | None = None) -> bytes:
+        data = read_bytes(uri, start, length)
         if uri.endswith(".tar"):
-            reads.append((start, length))
-        return read_bytes(uri, start, length)
+            found.setdefault(uri.rpartition("/")[2], []).append((start, start + len(data)))
+        return data
 
-    monkeypatch.setattr(storage, "read_bytes", counted)
-    samples = Manifest.load(s3_shards).split("train")[0].num_samples
-    assert samples == 5
-    one_rank = stream(s3_shards, global_batch_size=1, micro_batch_size=1, num_workers=0)
-    keys = [step[0].keys[0] for step in islice(one_rank.batches(), one_rank.num_samples)]
-    assert len(set(keys)) == one_rank.num_samples
-    assert 0 < len(reads) <= len(Manifest.load(s3_shards).split("train")) + 2
+    monkeypatch.setattr(storage, "read_bytes", noted)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_epoch_reads_every_byte_once_window_by_window(
+    tmp_path: Path, reads: dict[str, list[tuple[int, int]]], world_size: int
+) -> None:
+    """All ranks together, front to back in each lane, and never a request for each sample."""
+    shards = tiny_shards(tmp_path, [200] * 5)
+    global_batches(shards, 1000 // GLOBAL, world_size, num_workers=0)
+    for shard in Manifest.load(shards).shards:
+        entries = read_index(shards, shard)
+        parts = sorted(reads[shard.name])
+        assert parts[0][0] == 0
+        assert parts[-1][1] == entries[-1].offset + entries[-1].length
+        assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
+    windows_a_lane = -(-1000 // GLOBAL // window_size(GLOBAL))  # and windows are cut where shards end
+    assert (
+        sum(map(len, reads.values())) <= GLOBAL * windows_a_lane + len(reads) + 1
+    )
+
+
+def test_resuming_reads_what_it_needs(tmp_path: Path, reads: dict[str, list[tuple[int, int]]]) -> None:
+    """Not what came before: the windows of this step and the next ones, a few samples of a thousand."""
+    shards = tiny_shards(tmp_path, [1000, 1000])
+    global_batches(shards, 1, 1, start=9 * 250 // 10, num_workers=0)
+    assert sum(stop - start for parts in reads.values() for start, stop in parts) < 0.6 * sum(
+        shard.num_bytes for shard in Manifest.load(shards).shards
+    )
+    assert sum(map(len, reads.values())) <= 2 * GLOBAL + 4
 
 
 def test_local_and_s3_shards_stream_the_same(shards: str, s3_shards: str) -> None:
