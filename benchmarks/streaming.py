@@ -51,6 +51,7 @@ from data_shards.writer import write_tar
 
 BATCH, WORKERS, SHARD_SAMPLES, RESUMED_AT = 32, 2, 1000, 0.9
 BUCKET = "s3://streaming"
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 LATENTS = (32, 32, 32)  # mean and log-variance of 16 channels: FLUX at 256 x 256
 
 
@@ -481,6 +482,7 @@ def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict
     per_image = size / options.samples
     return {
         "samples": options.samples,
+        "resolution": options.resolution,
         "bytes_per_image": per_image,
         "median": {
             state: {contender: median_of(turns, per_image) for contender, turns in by.items()}
@@ -509,6 +511,35 @@ def write_latents(folder: Path, count: int) -> None:
         source_digest="", components={}, resolution=256, max_tokens=1, horizontal_flip=False, dtypes={}
     )
     write_ours(folder, samples, settings)
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Images a second of each contender in each state, beside what reading and decoding alone give."""
+    from matplotlib import pyplot as plt
+
+    names = {"ours": "medsynth", "litdata": "LitData", "mosaicml": "MosaicML Streaming", "webdataset": "WebDataset"}
+    titles = {
+        "local, warm": "local disk, pages in memory",
+        "local, cold": "local disk, pages forgotten",
+        "s3, cold": "S3 over HTTP, first epoch",
+        "s3, warm": "S3 over HTTP, second epoch, with cache",
+    }
+    states = [state for state in titles if state in document["median"]]
+    figure, axes = plt.subplots(len(states), 1, figsize=(8, 1 + 1.6 * len(states)), sharex=True, squeeze=False)
+    for axis, state in zip(axes[:, 0], states, strict=True):
+        found = document["median"][state]
+        there = [name for name in reversed(names) if name in found]
+        speeds = [found[name]["images_per_second"] for name in there]
+        colours = ["#0b6bcb" if name == "ours" else "#b8c4ce" for name in there]
+        bars = axis.barh([names[name] for name in there], speeds, color=colours)
+        axis.bar_label(bars, fmt="{:,.0f}", padding=-34, fontsize=9, color="#1b1f24", bbox=LABEL)
+        limit = found["limit"]["images_per_second"]
+        axis.axvline(limit, color="#1b1f24", linestyle="--", linewidth=1)
+        axis.set_title(f"{titles[state]} (dashed: reading and decoding alone, {limit:,.0f})", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"images a second, {WORKERS} cores; {document['bytes_per_image'] / 1e3:.0f} kB of JPEG each")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -542,6 +573,7 @@ def main() -> None:
             **measure(options, folder, stack),
         }
     options.out.write_text(json.dumps(document, indent=1) + "\n")
+    draw(document, options.out.with_suffix(".png"))
     print(json.dumps({name: document[name] for name in ("plan", "shuffle", "median")}, indent=1))
     print(f"written: {options.out}")
 
