@@ -18,6 +18,7 @@ from data_shards.cli import app
 from data_shards.sources import Columns, embedded_records, medvqa_records
 from data_shards.stream import encoded_image, read_samples
 from tests.conftest import DATA
+from tests.data_shards.test_writer import files
 
 SETTINGS = Settings(name="set", splits={"train": 0.7, "test": 0.3}, samples_per_shard=7)
 COLUMNS = Columns(caption="text", id="name")
@@ -196,6 +197,23 @@ def test_what_is_unpacked_goes_also_when_writing_fails(small_source: Path, tmp_p
     with pytest.raises(UserError, match="split 'never' is empty"):
         write(source, str(tmp_path / "out"), settings=Settings("set", {"train": 1, "never": 1e-9}))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_killed_run_unpacked_goes_with_the_next(small_source: Path, tmp_path: Path) -> None:
+    source = as_parquet(rows_of(small_source), HUGGING_FACE, tmp_path)
+    write(source, str(tmp_path / "whole"))
+    (tmp_path / "out" / "unpacked").mkdir(parents=True)
+    for name in ("000000.images", ".000001.images.abcd1234"):
+        (tmp_path / "out" / "unpacked" / name).write_bytes(b"half")
+    write(source, str(tmp_path / "out"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("option", [("--id-column", "x"), ("--split-by-file",)])
+def test_options_for_rows_go_with_rows(tmp_path: Path, option: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["write", "t.csv", "--out", "out", *option])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"{option[0]} is for images within rows")
 
 
 def one_name_for_two(rows: list[Row], folder: Path) -> str:
