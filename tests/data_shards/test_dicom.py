@@ -224,6 +224,8 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(
     contents["bad-kind"] = good.replace(b"DA\x08\x0019611203", b"IS\x08\x0019611203").replace(
         b"MONOCHROME2", b"MRN-7731905"
     )
+    windowed = encoded(radiograph(WindowCenter="77777777", WindowWidth="10"))
+    contents["bad-window"] = windowed.replace(b"77777777", b"Kowalska")  # pydicom's error would quote it
     contents["bad-rows"] = good.replace(b"US\x02\x00\x30\x00", b"DS\x02\x0077")
     contents["cut"] = good[: len(good) // 2]
     for name, content in contents.items():
@@ -236,7 +238,7 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(
     said = "".join([*capfd.readouterr(), caplog.text, *(str(warning.message) for warning in recwarn)])
 
     assert manifest.conversions == {"DICOM": 3}
-    assert manifest.quarantined == {"burned-in annotation": 1, "unreadable": 3}
+    assert manifest.quarantined == {"burned-in annotation": 1, "unreadable": 4}
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(written) >= 3
     images = 0
@@ -251,7 +253,7 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(
             start = content.find(b"\x89PNG", start + 1)
     assert images == 3
     quarantine = [json.loads(line) for line in written["quarantine.jsonl"].decode().splitlines()]
-    assert {q["source_id"] for q in quarantine} == {"named", "bad-kind", "bad-rows", "cut"}
+    assert {q["source_id"] for q in quarantine} == {"named", "bad-kind", "bad-window", "bad-rows", "cut"}
     assert Manifest.load(str(tmp_path / "out")) == manifest
 
 
