@@ -184,6 +184,18 @@ def test_files_state_splits_when_asked(small_source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "unpacked").exists()
 
 
+def test_one_column_may_say_several_things_and_a_row_without_a_name_is_bad_alone(
+    small_source: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(small_source)
+    for row in rows[:2]:
+        row["name"] = ""
+    source = as_parquet(rows, HUGGING_FACE, tmp_path)
+    manifest = write(source, str(tmp_path / "out"), Columns(caption="text", id="name", group="name"))
+    assert sum(manifest.groups.values()) == sum(shard.num_samples for shard in manifest.shards) == 24
+    assert manifest.quarantined == {"no file name": 2}
+
+
 def test_several_captions_in_one_row(tmp_path: Path, small_source: Path) -> None:
     image = rows_of(small_source)[0]["image"]
     rows = pyarrow.Table.from_pylist([{"image": image, "text": ["one", " two ", None, "one"]}])
@@ -248,12 +260,18 @@ def pointing_outside(rows: list[Row], folder: Path) -> str:
     return uri
 
 
+def nothing_saved(rows: list[Row], folder: Path) -> str:
+    (folder / "dataset_dict.json").write_text('{"splits": []}')
+    return str(folder)
+
+
 MISTAKES: dict[Callable[[list[Row], Path], str], str] = {
     one_name_for_two: "'same' in column 'name' names two different images",
     no_images: "column 'image' holds string, no images: .*--format table",
     renamed: "has no column 'text': did you mean 'txt'",
     damaged: r"data-00001-of-00003.arrow is damaged",
     empty: "has no rows",
+    nothing_saved: "has no rows",
     pointing_outside: r"'../x.arrow' is no name of a file beside it",
     lambda rows, folder: str(folder): "holds no rows: expected",
     lambda rows, folder: str(folder / "gone.parquet"): "it is not there",
