@@ -76,6 +76,9 @@ def write(
 
     medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
+    if (id_column or split_by_file) and format not in (Format.PARQUET, Format.DATASETS):
+        option = "--id-column" if id_column else "--split-by-file"
+        raise UserError(f"{option} is for images within rows: it goes with --format parquet or datasets")
     splits = _splits(split or (() if split_column or split_by_file else DEFAULT_SPLITS))
     columns = Columns(image_column, caption_column, group_column, licence_column, split_column, id_column)
     settings = Settings(

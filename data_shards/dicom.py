@@ -5,12 +5,14 @@ stored colours -> palette or YBR to RGB -> 8-bit RGB
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pydicom
+import pydicom.config
 from PIL import Image
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
@@ -18,6 +20,11 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
 
 from data_shards.decode import ImageError, check_size
+
+# What pydicom warns and logs quotes values. The filter is set with each file, as threads that open other images put
+# back the filters that they found.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -27,11 +34,10 @@ def open_dicom(data: bytes) -> Image.Image:
     """The one frame of a DICOM file, 8-bit grey or RGB. Raises ImageError, which never quotes the file: its values
     may name a patient."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's quote values
-            dataset = pydicom.dcmread(io.BytesIO(data))
-            _check(dataset)
-            return Image.fromarray(_pixels(dataset))
+        warnings.filterwarnings("ignore", module="pydicom")
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        _check(dataset)
+        return Image.fromarray(_pixels(dataset))
     except ImageError:
         raise
     except Exception as error:  # of many kinds; their messages quote values, so their kind must do

@@ -61,7 +61,8 @@ def embedded_records(
 
     Raises UserError if nothing of the kind is at `source`, if it cannot be read, or lacks a column.
     """
-    files = row_files(source)
+    if not (files := row_files(source)):
+        raise UserError(f"{source} has no rows")
     if split_by_file and (nameless := [file.uri for file in files if file.split is None]):
         raise UserError(f"{nameless[0]} names no split: call it such as train-00000.parquet, or leave --split-by-file")
     unpacked = storage.join(out, "unpacked")
@@ -139,7 +140,8 @@ def _records(
                 split = file.split if split_by_file else text_of(row, columns.split) or None
                 name = text_of(row, columns.id) if columns.id else f"{file.name}-{row_number:06d}"
                 checksum = None if encoded is None else zlib.crc32(encoded)
-                image = found.get((split, name))
+                identity = (split, name or f"row {row_number} of {file.uri}")  # each nameless one is bad by itself
+                image = found.get(identity)
                 if image is None:
                     record = Record(
                         source_id=name,
@@ -152,7 +154,7 @@ def _records(
                     )
                     if encoded is None:
                         record = replace(record, source_id=path or name, folder=images or file.uri.rpartition("/")[0])
-                    image = found[split, name] = Image(record, checksum)
+                    image = found[identity] = Image(record, checksum)
                 elif image.checksum != checksum:
                     raise UserError(
                         f"{file.uri}, row {row_number}: '{name}' in column '{columns.id}' names two different images; "

@@ -35,9 +35,9 @@ class Columns:
 
     @property
     def used(self) -> list[str]:
-        """The names that are not None."""
-        optional = (self.group, self.licence, self.split, self.id)
-        return [self.image, self.caption, *(name for name in optional if name is not None)]
+        """The names that are not None, each once."""
+        names = (self.image, self.caption, self.group, self.licence, self.split, self.id)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def table_records(table_uri: str, images_uri: str, columns: Columns) -> Iterator[Record]:

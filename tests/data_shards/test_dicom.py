@@ -209,8 +209,14 @@ def test_what_cannot_be_shown_says_why(make: Callable[[], bytes]) -> None:
 # --- what stays behind ---
 
 
-def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(tmp_path: Path) -> None:
-    """Searched for in every byte: good files, one with burned-in names, and files whose damage quotes their tags."""
+def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Nor into a log or a warning. Searched for in every byte: good files, one with burned-in names, and files whose
+    damage quotes their tags."""
     datasets = {f"good{i}": radiograph() for i in range(3)}
     datasets["named"] = radiograph(BurnedInAnnotation="YES")
     contents = {name: encoded(dataset) for name, dataset in datasets.items()}
@@ -218,6 +224,8 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(tmp_path: P
     contents["bad-kind"] = good.replace(b"DA\x08\x0019611203", b"IS\x08\x0019611203").replace(
         b"MONOCHROME2", b"MRN-7731905"
     )
+    windowed = encoded(radiograph(WindowCenter="77777777", WindowWidth="10"))
+    contents["bad-window"] = windowed.replace(b"77777777", b"Kowalska")  # pydicom's error would quote it
     contents["bad-rows"] = good.replace(b"US\x02\x00\x30\x00", b"DS\x02\x0077")
     contents["cut"] = good[: len(good) // 2]
     for name, content in contents.items():
@@ -225,16 +233,19 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(tmp_path: P
     rows = "".join(f"{name},a chest radiograph\n" for name in contents)
     (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
     records = table_records(str(tmp_path / "t.csv"), str(tmp_path), Columns())
+    recwarn.clear()
     manifest = write_shards(records, str(tmp_path / "out"), Settings("set", {"train": 1}), source={"uri": "t"})
+    said = "".join([*capfd.readouterr(), caplog.text, *(str(warning.message) for warning in recwarn)])
 
     assert manifest.conversions == {"DICOM": 3}
-    assert manifest.quarantined == {"burned-in annotation": 1, "unreadable": 3}
+    assert manifest.quarantined == {"burned-in annotation": 1, "unreadable": 4}
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(written) >= 3
     images = 0
     for name, content in written.items():
         for secret in (*SECRETS.values(), *SECRETS["PatientName"].split("^"), PRIVATE_SECRET, "7731905"):
             assert secret.encode() not in content, f"{secret} in {name}"
+            assert secret not in said
         start = content.find(b"\x89PNG")
         while start >= 0:
             assert chunks(content, start) == {b"IHDR", b"IDAT", b"IEND"}
@@ -242,7 +253,7 @@ def test_nothing_but_pixels_gets_into_shards_manifest_and_quarantine(tmp_path: P
             start = content.find(b"\x89PNG", start + 1)
     assert images == 3
     quarantine = [json.loads(line) for line in written["quarantine.jsonl"].decode().splitlines()]
-    assert {q["source_id"] for q in quarantine} == {"named", "bad-kind", "bad-rows", "cut"}
+    assert {q["source_id"] for q in quarantine} == {"named", "bad-kind", "bad-window", "bad-rows", "cut"}
     assert Manifest.load(str(tmp_path / "out")) == manifest
 
 

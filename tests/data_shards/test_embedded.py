@@ -18,6 +18,7 @@ from data_shards.cli import app
 from data_shards.reader import ShardReader, encoded_image
 from data_shards.sources import Columns, embedded_records, medvqa_records
 from tests.conftest import DATA
+from tests.data_shards.test_writer import files
 
 SETTINGS = Settings(name="set", splits={"train": 0.7, "test": 0.3}, samples_per_shard=7)
 COLUMNS = Columns(caption="text", id="name")
@@ -183,6 +184,18 @@ def test_files_state_splits_when_asked(small_source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "unpacked").exists()
 
 
+def test_one_column_may_say_several_things_and_a_row_without_a_name_is_bad_alone(
+    small_source: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(small_source)
+    for row in rows[:2]:
+        row["name"] = ""
+    source = as_parquet(rows, HUGGING_FACE, tmp_path)
+    manifest = write(source, str(tmp_path / "out"), Columns(caption="text", id="name", group="name"))
+    assert sum(manifest.groups.values()) == sum(shard.num_samples for shard in manifest.shards) == 24
+    assert manifest.quarantined == {"no file name": 2}
+
+
 def test_several_captions_in_one_row(tmp_path: Path, small_source: Path) -> None:
     image = rows_of(small_source)[0]["image"]
     rows = pyarrow.Table.from_pylist([{"image": image, "text": ["one", " two ", None, "one"]}])
@@ -196,6 +209,23 @@ def test_what_is_unpacked_goes_also_when_writing_fails(small_source: Path, tmp_p
     with pytest.raises(UserError, match="split 'never' is empty"):
         write(source, str(tmp_path / "out"), settings=Settings("set", {"train": 1, "never": 1e-9}))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_killed_run_unpacked_goes_with_the_next(small_source: Path, tmp_path: Path) -> None:
+    source = as_parquet(rows_of(small_source), HUGGING_FACE, tmp_path)
+    write(source, str(tmp_path / "whole"))
+    (tmp_path / "out" / "unpacked").mkdir(parents=True)
+    for name in ("000000.images", ".000001.images.abcd1234"):
+        (tmp_path / "out" / "unpacked" / name).write_bytes(b"half")
+    write(source, str(tmp_path / "out"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("option", [("--id-column", "x"), ("--split-by-file",)])
+def test_options_for_rows_go_with_rows(tmp_path: Path, option: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["write", "t.csv", "--out", "out", *option])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"{option[0]} is for images within rows")
 
 
 def one_name_for_two(rows: list[Row], folder: Path) -> str:
@@ -230,12 +260,18 @@ def pointing_outside(rows: list[Row], folder: Path) -> str:
     return uri
 
 
+def nothing_saved(rows: list[Row], folder: Path) -> str:
+    (folder / "dataset_dict.json").write_text('{"splits": []}')
+    return str(folder)
+
+
 MISTAKES: dict[Callable[[list[Row], Path], str], str] = {
     one_name_for_two: "'same' in column 'name' names two different images",
     no_images: "column 'image' holds string, no images: .*--format table",
     renamed: "has no column 'text': did you mean 'txt'",
     damaged: r"data-00001-of-00003.arrow is damaged",
     empty: "has no rows",
+    nothing_saved: "has no rows",
     pointing_outside: r"'../x.arrow' is no name of a file beside it",
     lambda rows, folder: str(folder): "holds no rows: expected",
     lambda rows, folder: str(folder / "gone.parquet"): "it is not there",
