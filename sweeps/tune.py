@@ -420,11 +420,10 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
     """Have Tune run the trials that are left. Raises SweepStopped if it was interrupted."""
     spec = setting.spec
     filesystem, path = storage.arrow_filesystem(setting.journal.uri)
-    # A trial's own process only waits for its workers, which Ray Train places: one byte of memory is what it asks for,
-    # as Tune places nothing that asks for nothing.
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_trial, setting=setting), tune.PlacementGroupFactory([{"memory": 1}])
-    )
+    # A trial's own process only waits for its workers, which Ray Train places; Ray Train's controller stays beside it.
+    # One byte of memory is what it asks for, as Tune places nothing that asks for nothing.
+    place = tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[runtime.off_spot()])
+    trainable = tune.with_resources(tune.with_parameters(_run_trial, setting=setting), place)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

@@ -244,7 +244,7 @@ def _train_stage(
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
     measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
-    beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE}
+    beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE, "label_selector": runtime.off_spot()}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
     scaling = ray.train.ScalingConfig(  # type: ignore[call-arg] # Ray declares its first version's
         num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
