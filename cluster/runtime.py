@@ -42,6 +42,8 @@ FORWARDED_VARIABLES = (
 )
 CONNECT_SECONDS = 10
 ACCELERATOR_TYPE = "accelerator_type:"
+MARKET_TYPE, SPOT = "ray.io/market-type", "spot"
+"""A machine's label, by Ray's words, and what it says of one that may be taken back at any time."""
 ANYWHERE = "DEFAULT"
 """Scheduling strategy, by Ray's word, of what may run outside the placement group of whoever starts it: a sweep's trial
 is given next to nothing by Tune, and its tasks would have to fit in there."""
@@ -193,6 +195,15 @@ def remove_placement_group(group_id: str) -> None:
 def here() -> NodeAffinitySchedulingStrategy:
     """Scheduling strategy of what must not be lost with another machine than this one."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def off_spot() -> dict[str, str]:
+    """Label selector of what must not be lost with a spot machine; those that have no label will do.
+
+    It asks for nothing where this process is on a spot machine itself: both are lost with it, and none else may exist.
+    """
+    labels: Any = ray.get_runtime_context().get_node_labels()  # whose values Ray declares as lists
+    return {} if labels.get(MARKET_TYPE) == SPOT else {MARKET_TYPE: f"!{SPOT}"}
 
 
 def call(function: Callable[..., R], *arguments: Any, cpus: float, gpus: float, **settings: Any) -> R:

@@ -4,9 +4,11 @@ Always a client with a run id, never MLflow's global run: several processes writ
 """
 
 import io
+import logging
 import os
 import re
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 # MLflow refuses larger batches, longer values and longer digests.
@@ -40,6 +44,7 @@ CERTIFICATES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")  # as 
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
 JOBS_TAG = "ray_jobs"  # of a run: the ids of the jobs of a Ray cluster that have worked on it
 SQLITE = "sqlite:///"
+SYSTEM_METRICS_SECONDS = 10
 URI, LOGIN = "MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
@@ -143,8 +148,9 @@ class Tracker:
         return self._last_steps[key]
 
     def metric_history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) in the order of logging."""
-        return [(metric.step, metric.value) for metric in self.client.get_metric_history(self.run_id, key)]
+        """(step, value) in the order of logging. Raises TrackingError if the server does not answer or refuses."""
+        with explained(self.tracking_uri):
+            return [(metric.step, metric.value) for metric in self.client.get_metric_history(self.run_id, key)]
 
     def last_metrics(self) -> dict[str, float]:
         """The latest value of each metric."""
@@ -227,13 +233,25 @@ class Tracker:
 
     @contextmanager
     def system_metrics(self, node: str) -> Iterator[None]:
-        """Log this machine's processor, memory, disk, network and GPUs inside the block, as system/NODE/..."""
+        """Log this machine's processor, memory, disk, network and GPUs inside the block, as system/NODE/...
+
+        mlflow waits minutes for a server that does not answer. No rank does: without one at its start it goes without,
+        and at its end the last values have SYSTEM_METRICS_SECONDS.
+        """
+        try:
+            connect(self.tracking_uri)
+        except TrackingError as error:
+            logger.warning("no system metrics: %s", error)
+            yield
+            return
         monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, node_id=node, tracking_uri=self.tracking_uri)
         monitor.start()
         try:
             yield
         finally:
-            monitor.finish()
+            last_words = threading.Thread(target=monitor.finish, daemon=True)
+            last_words.start()
+            last_words.join(SYSTEM_METRICS_SECONDS)
 
     def ui_command(self) -> str:
         """What to type, or to open, to see the run."""
@@ -244,14 +262,16 @@ class Tracker:
 
 
 def find_run(run_id: str) -> Tracker | None:
-    """A run to read from, if the server of this environment knows it."""
+    """A run to read from, if the server of this environment knows it. Raises TrackingError if it does not answer."""
     uri = default_tracking_uri()
-    try:
-        connect(uri).get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    client = connect(uri)
+    with explained(uri):
+        try:
+            client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
     return Tracker(uri, run_id)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from cluster.tracking import (
     Status,
     Tracker,
     TrackingError,
+    connect,
     default_tracking_uri,
     explained,
     find_run,
@@ -50,17 +52,20 @@ from trainers.launch import (
     TrainedRun,
     check_fits,
     check_recipe,
+    finish_run,
     register_run,
     release,
     train_recipe,
 )
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
+from trainers.records import FLUSH_SECONDS, RETRY_SECONDS, Records
 from trainers.run_folder import COMPLETE, RunFolder, finished_model
 
 CANDIDATE = "candidate"
 ENDED = "medsynth.ended"  # tag of a trial's run: why it was not trained to its end
 STEP, VALUE = "step", "value"  # of a trial's reports to Tune
+SAVE_SECONDS = 300  # that trials have to save their state when the sweep is cut off
 
 # Trials work where the sweep was started, as paths in the environment may be relative to it.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -69,6 +74,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # A process goes on with another trial when the ranks of a stopped one have saved their state.
 # If it were not waited for, Tune would count the next trial as lost, and tell nobody.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "86400")
+# What is to be done when the sweep is interrupted is said below.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # A trial that failed reports no value.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
@@ -135,19 +142,25 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         tracker = _begin(spec, recipe, manifest, journal, previous)
         # Whoever edits the recipe's file while the sweep runs does not change what later trials are.
         spec = spec.model_copy(update={"recipe": journal.base_recipe})
+        recording = _Recording(watch)
         status: Status = "FAILED"
+
+        def show_shared(progress: Progress) -> None:
+            recording.note(journal.shared_run, progress.unrecorded)
+            watch.show_training(progress)
+
         try:
             shared = space.shared_stages(spec, recipe)
             if shared:
                 train_recipe(
                     _of_sweep(recipe, journal),
                     journal.shared_run,
-                    on_progress=watch.show_training,
+                    on_progress=show_shared,
                     on_stop_requested=lambda: watch.say("Stopping: saving the state. Ctrl-C again to give up on it."),
                     stages=shared,
                     tags={PARENT: tracker.run_id, KIND: "shared"},
                 )
-            conductor = _Conductor(spec, corners, journal, tracker, watch, limit, began)
+            conductor = _Conductor(spec, corners, journal, tracker, watch, recording, limit, began)
             _run_trials(conductor, _Setting(spec, journal, tracker, shared))
             best = space.best_trial(spec, conductor.trials)
             model_uri = _keep(conductor, best, manifest) if best else None
@@ -157,7 +170,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
             status = "KILLED"
             raise SweepStopped from None
         finally:
-            tracker.finish(status)
+            finish_run(tracker, status)
     return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri)
 
 
@@ -239,6 +252,27 @@ def _write_report(conductor: "_Conductor") -> None:
 # --- in the process of the sweep ---
 
 
+class _Recording:
+    """Says when reports begin to wait because MLflow does not answer, and when it knows all of them."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._waiting: set[str] = set()  # runs that have such reports
+
+    def note(self, run: str, unrecorded: int) -> None:
+        before = bool(self._waiting)
+        if unrecorded:
+            self._waiting.add(run)
+        else:
+            self._waiting.discard(run)
+        if before != bool(self._waiting):
+            self._watch.say(
+                "MLflow answers again; it knows all reports."
+                if before
+                else "MLflow does not answer; the sweep goes on, and reports wait in the runs' folders."
+            )
+
+
 class _Conductor(tune.Callback):
     """Says which trial is next, and keeps the record of all: in the journal, in MLflow and before whoever watches."""
 
@@ -249,6 +283,7 @@ class _Conductor(tune.Callback):
         journal: Journal,
         tracker: Tracker,
         watch: Watch,
+        recording: _Recording,
         limit: int,
         began: float,
     ) -> None:
@@ -256,6 +291,7 @@ class _Conductor(tune.Callback):
         self.journal = journal
         self.tracker = tracker
         self.watch = watch
+        self.recording = recording
         self.trials = journal.trials()
         self.limit = limit
         self.total = space.num_trials(spec)
@@ -263,6 +299,9 @@ class _Conductor(tune.Callback):
         self.steps = max(objective.objective_steps(spec, corner) for corner in corners)
         self.began = began
         self.is_over = False  # there is no trial left to begin
+        self.is_cut_off = False  # it was interrupted, or cannot go on now
+        self.patience_ends = math.inf  # when trials that have not saved their state yet are ended without
+        self.untold: dict[int, tuple[Status, str]] = {}  # how trials ended, while MLflow did not answer
         self.waiting = deque(trial.number for trial in self.trials if trial.state == "running")  # cut off earlier
         self.since: dict[int, tuple[float, float]] = {}  # running trial -> (clock at its start, seconds before that)
 
@@ -273,7 +312,7 @@ class _Conductor(tune.Callback):
     def next_config(self) -> dict[str, Any] | str | None:
         """What Tune is to start now: a trial's config, nothing yet (None), or never more (FINISHED)."""
         is_last = self.total is not None and len(self.trials) >= self.total
-        if self.is_spent() or (not self.waiting and is_last):
+        if self.is_cut_off or self.is_spent() or (not self.waiting and is_last):
             self.is_over = True
             return Searcher.FINISHED
         if len(self.since) >= self.limit:
@@ -324,10 +363,21 @@ class _Conductor(tune.Callback):
         running = sum(before + now - start for start, before in self.since.values())
         return (ended + running) * self.gpus >= budget.gpu_hours * 3600
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if not (self.is_cut_off or self.is_spent()):
+            return
+        if self.patience_ends == math.inf:
+            self.patience_ends = time.monotonic() + SAVE_SECONDS
+            self.watch.say("Stopping: the trials save their state. Ctrl-C again to give up on it.")
+        for number in self.since:
+            with suppress(storage.StorageError):  # it is asked again, as is one that had not begun when it was
+                self.journal.run_folder(number).request_stop()
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: Any
     ) -> None:
         number = trial.config["number"]
+        self.recording.note(self.journal.run_name(number), result["unrecorded"])
         changes: dict[str, Any] = {"run_id": result["run_id"]}
         if VALUE in result:
             step, value = result[STEP], result[VALUE]
@@ -339,7 +389,7 @@ class _Conductor(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = trial.config["number"]
-        if self.trials[number].state == "running":
+        if self.trials[number].state == "running" and self.patience_ends == math.inf:  # else it has saved its state
             # Its process is kept for the next trial, and so does not take its workers along when it ends.
             self.journal.run_folder(number).request_stop()
             self._end(number, "stopped", "others were better at its step")
@@ -348,8 +398,29 @@ class _Conductor(tune.Callback):
         self.watch.say(f"Trial {trial.config['number']} was lost; it is started again, from its latest checkpoint.")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.patience_ends < math.inf:
+            return
         reason = str(trial.get_error() or "its process was lost").strip().splitlines()[-1]
-        self._end(trial.config["number"], "failed", reason)
+        try:
+            connect(self.tracker.tracking_uri)
+        except TrackingError as error:  # so would all other trials fail, one after the other
+            self.is_cut_off = True
+            self.watch.say(f"The sweep cannot go on: {error}")
+        else:
+            self._end(trial.config["number"], "failed", reason)
+
+    def tell_rest(self) -> None:
+        """Tell MLflow what it could not be told of trials that were ended while it did not answer.
+
+        Raises TrackingError if it still does not.
+        """
+        for trial in self.trials:
+            run = self.journal.run_folder(trial.number)
+            if trial.state in ("stopped", "failed") and trial.run_id and storage.exists(run.unrecorded):
+                Records(run, Tracker(self.tracker.tracking_uri, trial.run_id)).flush()
+                self.recording.note(self.journal.run_name(trial.number), 0)
+        for number in list(self.untold):
+            self._finish_run(number, *self.untold.pop(number))
 
     def cut_off(self) -> None:
         """Say in MLflow that the trials still running do so no more; the journal keeps them as running."""
@@ -373,10 +444,11 @@ class _Conductor(tune.Callback):
         tracker = Tracker(self.tracker.tracking_uri, run["run_id"])
         try:
             with explained(tracker.tracking_uri, f"end of trial {number}"):
+                tracker.finish(status)
                 if reason:
                     tracker.client.set_tag(tracker.run_id, ENDED, reason)
-                tracker.finish(status)
         except UserError as error:  # what Tune would take for a failure of its own
+            self.untold[number] = (status, reason)
             self.watch.say(str(error))
 
     def _update(self, number: int, **changes: Any) -> None:
@@ -405,7 +477,9 @@ class _Search(Searcher):
         pass
 
 
-class _Budget(tune.Stopper):
+class _Patience(tune.Stopper):
+    """Ends what has not ended by itself when the sweep was cut off."""
+
     def __init__(self, conductor: _Conductor) -> None:
         self._conductor = conductor
 
@@ -413,18 +487,17 @@ class _Budget(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._conductor.is_spent()
+        return time.monotonic() >= self._conductor.patience_ends
 
 
 def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
     """Have Tune run the trials that are left. Raises SweepStopped if it was interrupted."""
     spec = setting.spec
     filesystem, path = storage.arrow_filesystem(setting.journal.uri)
-    # A trial's own process only waits for its workers, which Ray Train places: one byte of memory is what it asks for,
-    # as Tune places nothing that asks for nothing.
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_trial, setting=setting), tune.PlacementGroupFactory([{"memory": 1}])
-    )
+    # A trial's own process only waits for its workers, which Ray Train places; Ray Train's controller stays beside it.
+    # One byte of memory is what it asks for, as Tune places nothing that asks for nothing.
+    place = tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[runtime.off_spot()])
+    trainable = tune.with_resources(tune.with_parameters(_run_trial, setting=setting), place)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -440,35 +513,36 @@ def _run_trials(conductor: _Conductor, setting: "_Setting") -> None:
             name="tune",
             storage_path=path,
             storage_filesystem=filesystem,
-            stop=_Budget(conductor),
+            stop=_Patience(conductor),
             failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             callbacks=[conductor],
             verbose=0,
         ),
     )
-    # Tune ends its trials on Ctrl-C; being ended is being interrupted, even where Ray blocks Ctrl-C, as in a job.
-    # What it logs of a lost trial is for those who develop Tune; on_trial_recover and on_trial_error say it in a line.
+    # What Tune logs of a lost trial is for those who develop it; on_trial_recover and on_trial_error say it in a line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    before = signal.signal(signal.SIGTERM, _interrupted)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if conductor.is_cut_off:
+            raise KeyboardInterrupt
+        conductor.is_cut_off = True
+
+    # Being ended is being interrupted, even where Ray blocks Ctrl-C, as in a job.
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         tuner.fit()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         conductor.cut_off()
         for trial in conductor.trials:
             if trial.state != "finished":
                 release(setting.journal.run_folder(trial.number))
-    if not conductor.is_spent() and (conductor.since or not conductor.is_over):
+    if conductor.is_cut_off or (not conductor.is_spent() and (conductor.since or not conductor.is_over)):
         raise SweepStopped
+    conductor.tell_rest()
     if conductor.since:
         conductor.watch.say("The budget is used up; trials that were cut off go on with --resume.")
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
-    handler(number, frame)
 
 
 def _trial_name(trial: Any) -> str:
@@ -517,42 +591,74 @@ class _Diverged(Exception):  # noqa: N818 - it ends the trial and no more
 def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
     """What Tune runs: train the trial's recipe, telling Tune of each value of the objective as it comes.
 
-    The values are read from MLflow, which has them in whichever process they were measured, and those from before a
-    restart too. A trial that cannot succeed reports that it failed; any other error has Tune start it again.
+    Those that its ranks measure are in their reports: Tune decides by them, whether MLflow answers or not. MLflow has
+    those that other processes measure, and those from before a restart. A trial that cannot succeed reports that it
+    failed; any other error has Tune start it again.
     """
     number, journal, metric = config["number"], setting.journal, setting.spec.objective.metric
     os.environ["MLFLOW_TRACKING_URI"] = setting.tracker.tracking_uri
     recipe, run = load_recipe(journal.recipe(number)), journal.run_folder(number)
     stage, steps = objective.objective_stage(setting.spec, recipe), objective.objective_steps(setting.spec, recipe)
-    told = 0
+    is_ended = False  # by Tune
+    told = 0  # the last step that Tune knows of
+    unrecorded = 0  # reports that wait because MLflow does not answer
 
     def tell(state: State, point: tuple[int, float] | None = None, *, reason: str = "") -> None:
         known = run.mlflow_run()
         values = {} if point is None else {STEP: point[0], VALUE: point[1]}
-        tune.report({"state": state, "reason": reason, "run_id": known and known["run_id"], **values})
+        run_id = known and known["run_id"]
+        tune.report({"state": state, "reason": reason, "run_id": run_id, "unrecorded": unrecorded, **values})
 
-    def tell_new(before: float) -> None:
-        """Of the values up to a step, those that Tune does not know."""
+    def tell_new(values: Mapping[int, float]) -> None:
+        """Of the values before the last step, those that Tune does not know."""
         nonlocal told
-        known = run.mlflow_run()
-        tracker = find_run(known["run_id"]) if known else None
-        for step, value in sorted(tracker.metric_history(metric)) if tracker else ():
+        for step, value in sorted(values.items()):
             if told < step and not math.isfinite(value):
                 raise _Diverged(f"{metric} is {value} at step {step}")
-            if told < step < before:
+            if told < step < steps:
                 told = step
                 tell("running", (step, value))
 
-    def on_progress(progress: Progress) -> None:
+    def recorded() -> dict[int, float]:
+        """The values that MLflow knows; none while it does not answer, which the training outlives."""
+        known = run.mlflow_run()
+        if unrecorded or not known:
+            return {}
         try:
+            tracker = find_run(known["run_id"])
+            return dict(tracker.metric_history(metric)) if tracker else {}
+        except TrackingError:
+            return {}
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal unrecorded, is_ended
+        is_news = bool(unrecorded) != bool(progress.unrecorded)
+        unrecorded = progress.unrecorded
+        measured = progress.metrics.get(metric.removeprefix(f"{progress.stage}/"))
+        try:
+            if is_news:
+                tell("running")
             if progress.stage == stage:
-                tell_new(steps)
+                tell_new(recorded() | ({} if measured is None else {progress.step: measured}))
         except SystemExit:  # how Tune ends a trial: its run is to say that it was ended, not that it failed
+            is_ended = True
             raise RunStopped from None
-        except TrackingError:  # the training outlives MLflow, and Tune is told with a later report
-            pass
+
+    def await_mlflow() -> None:
+        """Unlike a training, a trial that begins has just seen it answer: it will again."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while True:
+            try:
+                connect(setting.tracker.tracking_uri)
+                return
+            except TrackingError:
+                if time.monotonic() >= deadline:
+                    raise
+            tell("running")  # which is where Tune ends a trial
+            time.sleep(RETRY_SECONDS)
 
     try:
+        await_mlflow()
         for shared in setting.shared:
             _copy_model(RunFolder(storage.join(journal.uri, journal.shared_run)), run, shared)
         trained = train_recipe(
@@ -563,12 +669,14 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
             start_from=config["start_from"],
             tags={PARENT: setting.tracker.run_id, KIND: "trial", "medsynth.trial": str(number)},
         )
+        unrecorded = 0
         if grid := setting.spec.guidance:
             _judge_at_best_guidance(trained, recipe, grid, journal, number, steps)
-        tell_new(steps)
         history = dict(trained.tracker.metric_history(metric))
+        tell_new(history)
     except RunStopped:
-        sys.exit()
+        if is_ended:
+            sys.exit()
     except storage.NotFoundError as error:
         tell("failed", reason=str(error))
     except (storage.StorageError, TrackingError):  # may be over in a moment: Tune starts the trial again

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 # How often Ray Train takes a report, for which the ranks wait with the one after it: by its default, every two seconds.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+FIDELITY = "fidelity/"
 MEASURE_ATTEMPTS = 3  # of a process that measures a checkpoint and is killed
 
 
@@ -135,11 +136,11 @@ def train_recipe(
                 status = "KILLED"
             raise
         finally:
-            _finish(tracker, status)
+            finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
-def _finish(tracker: Tracker, status: Status) -> None:
+def finish_run(tracker: Tracker, status: Status) -> None:
     """Say in MLflow how the run ended. Where it has failed anyway, that MLflow does not answer hides nothing."""
     try:
         tracker.finish(status)
@@ -244,7 +245,7 @@ def _train_stage(
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
     measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
-    beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE}
+    beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE, "label_selector": runtime.off_spot()}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
     scaling = ray.train.ScalingConfig(  # type: ignore[call-arg] # Ray declares its first version's
         num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
@@ -277,7 +278,10 @@ def _train_stage(
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
-    Records(run, tracker).flush()
+    records = Records(run, tracker)
+    # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the same.
+    records.add(_report(stage, result.metrics))
+    records.flush()
     resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
     runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
 
@@ -425,6 +429,12 @@ def _train_worker(config: dict[str, Any]) -> None:
             raise
 
 
+def _report(stage: str, reported: Mapping[str, Any]) -> Report:
+    """What a rank has reported, to which Ray Train adds what was measured beside."""
+    values = {name: value for name, value in reported.items() if not name.startswith(FIDELITY)}
+    return Report(stage, values.pop("step"), values, values.pop("has_picture"))
+
+
 class _RecordReports(ray.train.UserCallback):
     """On the controller: every report to MLflow, and on to whoever watches. One process speaks to MLflow."""
 
@@ -437,11 +447,10 @@ class _RecordReports(ray.train.UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
     ) -> None:
-        values = dict(metrics[0])
-        step, has_picture = values.pop("step"), values.pop("has_picture")
-        waiting = self.records.add(Report(self.stage, step, values, has_picture))
+        report = _report(self.stage, metrics[0])
+        waiting = self.records.add(report)
         # Plain values: the queue's own process need not import this project to hold them.
-        self.reports.put((self.stage, step, self.steps, values, waiting))
+        self.reports.put((self.stage, report.step, self.steps, report.metrics, waiting))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # What is raised here ends the training; what a worker raises would be tried again.
@@ -500,7 +509,7 @@ def _measure_beside(
         except RayError as error:  # its process or machine is gone
             failure = error
         else:
-            metrics = {f"fidelity/{name}": value for name, value in measured.items()}
+            metrics = {f"{FIDELITY}{name}": value for name, value in measured.items()}
             uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
             tracker.log_checkpoint(uri, step, metrics, **data)
             return metrics

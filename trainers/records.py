@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 from cluster import storage
 from cluster.documents import parsing, read_json
-from cluster.errors import UserError, first_line
-from cluster.tracking import Tracker, connect
+from cluster.errors import first_line
+from cluster.tracking import Tracker, TrackingError, connect
 from trainers.run_folder import RunFolder
 
 RETRY_SECONDS = 10.0
@@ -55,7 +55,7 @@ class Records:
     def flush(self, seconds: float = FLUSH_SECONDS) -> None:
         """Tell MLflow of all that waits, trying for so long.
 
-        Raises UserError, which says where the rest is and how to go on, if MLflow does not take it, and StorageError.
+        Raises StorageError; and TrackingError if MLflow does not take it, with where the rest is and how to go on.
         """
         deadline = time.monotonic() + seconds
         while self._waiting:
@@ -65,7 +65,7 @@ class Records:
             if time.monotonic() >= deadline:
                 self._save()
                 reason = first_line(error)
-                raise UserError(
+                raise TrackingError(
                     f"MLflow did not take {len(self._waiting)} reports of {self._run.uri} ({reason}): they wait in "
                     f"{self._run.unrecorded}; nothing is lost: start the run again under its name when MLflow answers"
                 )

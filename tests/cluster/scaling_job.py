@@ -1,12 +1,14 @@
 """What test_ray_cluster.py runs on the twin, as a client of its own: asks for machines that are not there, in turn.
 
-Prints, as JSON, the type of machine that each demand was met on, and how many machines there were before and after.
+Prints, as JSON, type and market of the machine that each demand was met on, how many machines there were before and
+after, and whether the cluster is taken for one that grows.
 """
 
 import json
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 from ray.util import placement_group, remove_placement_group
@@ -21,18 +23,23 @@ def machines() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def met_on(bundle: Mapping[str, float]) -> str:
-    """The type of machine that a placement group of this bundle, and a task in it, came to be on."""
+def this_machine() -> tuple[str, str | None]:
+    labels: Any = ray.get_runtime_context().get_node_labels()
+    return os.environ["RAY_NODE_TYPE_NAME"], labels.get(runtime.MARKET_TYPE)
+
+
+def met_on(bundle: Mapping[str, float]) -> tuple[str, str | None]:
+    """The machine that a placement group of this bundle, and a task in it, came to be on."""
     group = placement_group([dict(bundle)])
     ray.get(group.ready(), timeout=PATIENCE_SECONDS)
-    task = ray.remote(lambda: os.environ["RAY_NODE_TYPE_NAME"]).options(
+    task = ray.remote(this_machine).options(
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(group),
     )
-    name: str = ray.get(task.remote(), timeout=PATIENCE_SECONDS)
+    found: tuple[str, str | None] = ray.get(task.remote(), timeout=PATIENCE_SECONDS)
     remove_placement_group(group)
-    return name
+    return found
 
 
 def main() -> None:
@@ -47,7 +54,7 @@ def main() -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while machines() > before and time.monotonic() < deadline:
             time.sleep(0.5)
-        print(json.dumps({"before": before, "met": met, "after": machines()}))
+        print(json.dumps({"grows": runtime.grows(), "before": before, "met": met, "after": machines()}))
 
 
 if __name__ == "__main__":

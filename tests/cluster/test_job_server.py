@@ -1,7 +1,7 @@
 """Jobs on a real Ray head with its job server: followed, stopped without loss, gone on with, failed, three at once.
 
-A stage of a training takes three quarters of a minute here, so there are three: one that is stopped, one that goes on
-with it, and the trial of a sweep.
+A stage of a training takes three quarters of a minute here, so there are four: one that is stopped, one that goes on
+with it, and the same of the trial of a sweep.
 """
 
 import os
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import JOBS_TAG, Tracker, runs_of_job
 from data_shards import Manifest
+from sweeps.journal import Journal
 from sweeps.spec import load_spec
 from tests.servers import free_port
 from tests.sweeps.conftest import extractor, pipeline, real_shards, sweep_document
@@ -113,6 +114,13 @@ def prepared(*arguments: str) -> Command:
     return Command("-c", code, *arguments)
 
 
+def wait_until(condition: Callable[[], bool], job: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, medsynth("jobs", "logs", job).out
+        time.sleep(0.2)
+
+
 def test_a_training_is_stopped_and_gone_on_with(
     recipe_document: dict[str, Any], tracking_uri: str, tmp_path: Path
 ) -> None:
@@ -131,10 +139,8 @@ def test_a_training_is_stopped_and_gone_on_with(
     assert first.job.startswith("train-recipe-")
     assert re.search(r"^MY_TOKEN: Ray shows the value to all", first.out, re.MULTILINE)
     stop = prepared("jobs", "stop", first.job)
-    deadline = time.monotonic() + SECONDS
-    while not any("denoiser/loss" in run.last_metrics() for run in runs_of_job(first.job, tracking_uri)):
-        assert time.monotonic() < deadline, medsynth("jobs", "logs", first.job).out
-        time.sleep(0.2)
+    job = first.job
+    wait_until(lambda: any("denoiser/loss" in run.last_metrics() for run in runs_of_job(job, tracking_uri)), job)
     stopped = stop.finish().out
     assert "\nStopped and saved." in stopped
     assert f"\nSTOPPED\nTo go on: medsynth submit -- {' '.join(train)}\n" in stopped
@@ -160,7 +166,7 @@ def test_a_training_is_stopped_and_gone_on_with(
     assert f"/runs/{run.run_id}" in status
 
 
-def test_a_model_is_judged_and_promoted_while_a_sweep_runs(
+def test_a_model_is_judged_and_promoted_while_a_sweep_that_was_stopped_goes_on(
     pipeline: MSDMPipeline,
     recipe: MSDMRecipe,
     sweep_document: dict[str, Any],
@@ -174,8 +180,9 @@ def test_a_model_is_judged_and_promoted_while_a_sweep_runs(
     register_model(recipe, Manifest.load(real_shards), str(tmp_path / "model"), tracker, name="judged")
     gates = tmp_path / "gates.yaml"
     gates.write_text("memorization: {limit: 1}")  # it was never trained
+    training = {"steps": STEPS, "log_every_steps": 1, "validate_every_steps": 2, "checkpoint_every_steps": 10_000}
     sweep_document |= {
-        "fixed": {"denoiser.training.steps": 2, "denoiser.training.validate_every_steps": 2},
+        "fixed": {f"denoiser.training.{key}": value for key, value in training.items()},
         "space": {"denoiser.training.learning_rate": {"grid": [1e-3]}},
         "search": "grid",
         "budget": {},
@@ -183,11 +190,25 @@ def test_a_model_is_judged_and_promoted_while_a_sweep_runs(
     spec = tmp_path / "sweep.yaml"
     spec.write_text(yaml.safe_dump(sweep_document))
     begin_with_shared_vae(load_spec(str(spec), []), "swept")
+    journal = Journal(f"{recipe.cluster.storage}/swept")
+
+    first = medsynth("submit", "--no-follow", "--", "sweep", str(spec), "--run", "swept").job
+    stop = prepared("jobs", "stop", first)
+    wait_until(lambda: any(trial.steps for trial in journal.trials()), first)
+    stopped = stop.finish().out
+    assert f"\nSTOPPED\nTo go on: medsynth submit -- sweep {spec} --resume swept\n" in stopped
+    (trial,) = journal.trials()
+    assert (trial.state, trial.steps < STEPS) == ("running", True)
+    saved = list(Path(journal.run_folder(0).uri, "denoiser").glob("step-*"))
+    assert len(saved) == 1  # none but that of the stop was due
+    assert trial.run_id is not None
+    told = Tracker(tracking_uri, trial.run_id)
+    assert told.client.get_run(told.run_id).info.status == "KILLED"
 
     uri = "models:/judged/1"
     asked = ["--data", real_shards, "--extractor", extractor, "--num-inference-steps", "2", "--num-samples", "16"]
     commands = [
-        ["sweep", str(spec), "--run", "swept"],
+        ["sweep", str(spec), "--resume", "swept"],
         ["evaluate", uri, *asked, "--out", str(tmp_path / "judged")],
         ["promote", uri, *asked, "--gates", str(gates), "--out", str(tmp_path / "promotions")],
     ]
@@ -198,6 +219,9 @@ def test_a_model_is_judged_and_promoted_while_a_sweep_runs(
         assert "SUCCEEDED after" in one.out
     swept, judged, promoted = said
     assert "Best: trial 0" in swept.out
+    (trial,) = journal.trials()
+    assert trial.run_id == told.run_id
+    assert [step for step, _ in told.metric_history("denoiser/loss")] == list(range(1, STEPS + 1))  # each once
     assert "models:/judged@champion is now version 1" in promoted.out
     assert runs_of_job(judged.job, tracking_uri)[0].last_metrics().keys() >= {"ms_ssim"}
     assert runs_of_job(swept.job, tracking_uri)[0].run_id != runs_of_job(promoted.job, tracking_uri)[0].run_id

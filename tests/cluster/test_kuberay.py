@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from cluster.runtime import MARKET_TYPE, SPOT
 from trainers.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,9 @@ def test_workers_scale_from_zero_and_the_head_has_no_gpu() -> None:
         name for name, pod in pods(spec).items() if "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
     }
     assert with_gpus == {"gpu"}
+    groups = {group.get("groupName", "head"): group for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])}
+    labels = {name: group["labels"] for name, group in groups.items() if "labels" in group}
+    assert labels == {"gpu": {MARKET_TYPE: SPOT}}
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cluster.runtime import MARKET_TYPE, SPOT
 from tests.ray_twin import ray_twin
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,9 @@ def test_workers_scale_to_zero_within_limits(config: dict[str, Any], node_types:
         assert settings["min_workers"] == 0 < settings["max_workers"] <= config["max_workers"]
     spot = {name for name, settings in workers.items() if "InstanceMarketOptions" in settings["node_config"]}
     assert spot == {"gpu_p5en_spot"}
+    labelled = {name for name, settings in node_types.items() if "labels" in settings}
+    assert labelled == spot
+    assert all(node_types[name]["labels"] == {MARKET_TYPE: SPOT} for name in spot)
     assert 0 < config["idle_timeout_minutes"] <= 30
     assert config["provider"]["cache_stopped_nodes"] is False
 
@@ -161,7 +165,7 @@ def test_node_types_scale_up_from_zero_and_back() -> None:
         assert done.returncode == 0, done.stderr
         environment |= {"RAY_AUTH_TOKEN": "another"}
         refused = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=100)
-    met = {"data": "cpu_data", "gpus": "gpu_p5en_spot", "h100": "gpu_p5"}
-    assert json.loads(done.stdout.splitlines()[-1]) == {"before": 1, "met": met, "after": 1}
+    met = {"data": ["cpu_data", None], "gpus": ["gpu_p5en_spot", SPOT], "h100": ["gpu_p5", None]}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"grows": True, "before": 1, "met": met, "after": 1}
     assert refused.returncode != 0
     assert "token" in refused.stderr
