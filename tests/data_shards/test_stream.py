@@ -158,9 +158,7 @@ def test_an_epoch_reads_every_byte_once_window_by_window(
         assert parts[-1][1] == entries[-1].offset + entries[-1].length
         assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
     windows_a_lane = -(-1000 // GLOBAL // window_size(GLOBAL))  # and windows are cut where shards end
-    assert (
-        sum(map(len, reads.values())) <= GLOBAL * windows_a_lane + len(reads) + 1
-    )
+    assert sum(map(len, reads.values())) <= GLOBAL * windows_a_lane + len(reads) + 1
 
 
 def test_resuming_reads_what_it_needs(tmp_path: Path, reads: dict[str, list[tuple[int, int]]]) -> None:
