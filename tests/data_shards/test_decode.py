@@ -97,7 +97,7 @@ def turned_on_its_side() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "how",
     [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 5}, turned_on_its_side()],
-    ids=str,
+    ids=["plain", "444", "422", "progressive", "coarse", "turned"],
 )
 def test_a_jpeg_has_the_pixels_that_pillow_gives(mode: str, how: dict[str, Any], resolution: int) -> None:
     """Whichever way it is decoded, to the last bit, also where nothing is left to scale."""
