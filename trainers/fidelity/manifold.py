@@ -11,6 +11,7 @@ from trainers.fidelity.statistics import Features, Float64
 
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
+ON_THE_BALL = 1 + 1e-9  # what lies on a ball lies in it, whichever way its distance was rounded
 
 
 class ManifoldScores(NamedTuple):
@@ -58,8 +59,9 @@ def manifold_scores_on_rows(generated: Features, real: Features) -> Callable[[Ro
 
     def scores(rows: Rows, columns: Rows) -> ManifoldScores:
         _check_sizes(len(rows), len(columns))
-        within_y = np.partition(yy[np.ix_(columns, columns)], (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS), axis=1)
-        within_x = np.partition(xx[np.ix_(rows, rows)], PRECISION_NEIGHBOURS, axis=1)
+        neighbours = (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
+        within_y = np.partition(yy[np.ix_(columns, columns)], neighbours, axis=1) * ON_THE_BALL
+        within_x = np.partition(xx[np.ix_(rows, rows)], PRECISION_NEIGHBOURS, axis=1) * ON_THE_BALL
         distances = xy[np.ix_(rows, columns)]
         inside = distances <= within_y[:, DENSITY_NEIGHBOURS]
         precision = float((distances <= within_y[:, PRECISION_NEIGHBOURS]).any(axis=1).mean())
@@ -85,9 +87,8 @@ def neighbour_radii(x: Float64, k: int) -> Float64:
     if len(x) <= k:
         raise ValueError(f"{len(x)} samples have no {k} nearest neighbours each")
     # Each row is its own nearest, at 0, so index k is the k-th other.
-    return np.concatenate(
-        [np.partition(squared_distances(x[rows], x), k, axis=1)[:, k] for rows in blocks(len(x), len(x))]
-    )
+    nearest = [np.partition(squared_distances(x[rows], x), k, axis=1)[:, k] for rows in blocks(len(x), len(x))]
+    return np.concatenate(nearest) * ON_THE_BALL
 
 
 def squared_distances(a: Float64, b: Float64) -> Float64:
