@@ -195,7 +195,7 @@ def verify(
     drawn = list(manifest.shards)
     if sample is not None and sample < len(drawn):
         drawn = Random(derive_seed("verify", seed)).sample(drawn, sample)
-    claims = [Claim(storage.join(storage.absolute(shards), s.name), s.num_bytes, s.sha256) for s in drawn]
+    claims = [Claim(storage.absolute(shards), shard) for shard in drawn]
     faults: list[str] = []
     with progress_lines(console) as on_progress, mapping(num_workers) as apply:
         for done, fault in enumerate(apply(find_fault, claims), start=1):

@@ -3,23 +3,26 @@
 from typing import NamedTuple
 
 from cluster import storage
+from data_shards.manifest import ShardEntry
 
 
 class Claim(NamedTuple):
-    """What the manifest says of one file."""
+    """What the manifest of the shards at `shards_uri` says of one of them."""
 
-    uri: str
-    num_bytes: int
-    sha256: str
+    shards_uri: str
+    shard: ShardEntry
 
 
 def find_fault(claim: Claim) -> str | None:
-    """What is wrong with a file; its digest is computed a chunk at a time."""
-    name = claim.uri.rpartition("/")[2]
+    """What is wrong with a shard or its index; digests are computed a chunk at a time."""
+    shards_uri, shard = claim
+    name = shard.name
     try:
-        if (found := storage.size(claim.uri)) != claim.num_bytes:
-            return f"{name}: {found} bytes, the manifest says {claim.num_bytes}"
-        digest = storage.sha256(claim.uri)
+        if (found := storage.size(storage.join(shards_uri, name))) != shard.num_bytes:
+            return f"{name}: {found} bytes, the manifest says {shard.num_bytes}"
+        for name, expected in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
+            if (digest := storage.sha256(storage.join(shards_uri, name))) != expected:
+                return f"{name}: SHA-256 {digest}, the manifest says {expected}"
     except storage.NotFoundError:
         return f"{name}: missing"
-    return None if digest == claim.sha256 else f"{name}: SHA-256 {digest}, the manifest says {claim.sha256}"
+    return None

@@ -129,12 +129,15 @@ def test_what_differs_is_said(radiographs: str, bucket: str, tmp_path: Path) -> 
     storage.write_bytes(f"{bucket}/set/{names[0]}", shard[:-1])
     storage.write_bytes(f"{bucket}/set/{names[1]}", storage.read_bytes(f"{bucket}/set/{names[1]}")[:-1] + b"x")
     storage.delete(f"{bucket}/set/{names[2]}")
+    index = f"{names[3]}.index.json"
+    storage.write_bytes(f"{bucket}/set/{index}", storage.read_bytes(f"{bucket}/set/{index}") + b" ")
     result = command("verify", f"{bucket}/set")
     assert result.exit_code == 1
     assert f"{names[0]}: {len(shard) - 1} bytes, the manifest says {len(shard)}" in result.output
     assert f"{names[1]}: SHA-256 " in result.output
     assert f"{names[2]}: missing" in result.output
-    assert f"3 of {len(names)} checked shards differ" in result.output
+    assert f"{index}: SHA-256 " in result.output
+    assert f"4 of {len(names)} checked shards differ" in result.output
 
 
 def test_a_file_comes_in_chunks_that_are_the_file(tmp_path: Path) -> None:
