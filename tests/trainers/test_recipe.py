@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from cluster.errors import UserError
-from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
+from trainers.families import block_cache
+from trainers.recipe import MSDMRecipe, at_absolute_paths, dump_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -80,3 +81,19 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_recipe(str(tmp_path / "nowhere.yaml"))
+
+
+def test_a_cache_is_on_the_machines_own_disk(
+    recipe_document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_document["data"]["cache"] = {"folder": "cache", "max_gigabytes": 0.5}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe_document))
+    monkeypatch.chdir(tmp_path)
+    cache = at_absolute_paths(load_recipe(str(path))).data.cache
+    assert cache is not None
+    assert cache.folder == str(tmp_path / "cache")
+    assert block_cache(cache) is not None
+    assert (tmp_path / "cache").is_dir()
+    with pytest.raises(UserError, match="data.cache.folder.*no folder of a machine's own disk"):
+        load_recipe(str(path), ["data.cache.folder=s3://bucket/cache"])
