@@ -95,5 +95,5 @@ def test_a_cache_is_on_the_machines_own_disk(
     assert cache.folder == str(tmp_path / "cache")
     assert block_cache(cache) is not None
     assert (tmp_path / "cache").is_dir()
-    with pytest.raises(UserError, match="data.cache.folder.*no folder of a machine's own disk"):
+    with pytest.raises(UserError, match=r"data\.cache\.folder.*no folder of a machine's own disk"):
         load_recipe(str(path), ["data.cache.folder=s3://bucket/cache"])
