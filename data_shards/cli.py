@@ -174,7 +174,7 @@ def inspect(
             console.print(f"{title}: " + ", ".join(f"{what} ({count})" for what, count in counts.items()))
     total = sum(shard.num_samples for shard in manifest.shards)
     seen = sum(look.num_samples for look in looks.values())
-    console.print(f"Split {manifest.split_rule}. Looked into {seen} of {total} samples.")
+    console.print(f"Split {manifest.split_rule}. Looked into {seen} of {total} samples.", soft_wrap=True)
     if contact_sheet:
         overview.contact_sheet(shards, manifest, contact_sheet)
         console.print(f"Samples drawn: {contact_sheet}", soft_wrap=True)

@@ -90,5 +90,5 @@ def test_a_server_that_refuses_is_a_warning(monkeypatch: pytest.MonkeyPatch, cap
     finally:
         server.shutdown()
         server.server_close()
-    assert "the cost of training is left out: MLflow, run 0000" in caplog.text
+    assert "the cost of training is left out: MLflow, http://127.0.0.1" in caplog.text
     assert "access refused" in caplog.text
