@@ -20,6 +20,8 @@ from cluster.tracking import Tracker, TrackingError, default_tracking_uri
 from data_shards import Manifest
 from data_shards.manifest import read_index
 from tests import servers
+from tests.trainers.test_launch import begin_with_vae
+from trainers.recipe import MSDMRecipe
 
 USER, PASSWORD = "researcher", "planted pass/word@4711"
 PLANTED = {
@@ -142,6 +144,8 @@ def test_a_training_leaves_no_secret_behind(
             "RAY_TMPDIR": ray_folder,
         }
         recipe_document["data"]["shards"] = s3_shards
+        begin_with_vae(MSDMRecipe.model_validate(recipe_document), "whole")
+        storage.upload_folder(tmp_path / "runs", storage.join(bucket, "runs"))
         recipe_document["cluster"]["storage"] = storage.join(bucket, "runs")
         recipe_document["tracking"]["experiment"] = "planted"
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_document))

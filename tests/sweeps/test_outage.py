@@ -1,7 +1,8 @@
-"""A sweep whose MLflow server goes away for a while: trials are decided on all the same, and all is told in the end."""
+"""A sweep that loses what it can do without: MLflow's server for a while; spot machines, which drive no trial."""
 
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 from ray.tune.search import Searcher
 
 from cluster import runtime
@@ -34,6 +37,19 @@ def port(empty_mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return port
 
 
+@pytest.fixture
+def spot(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Id of a spot machine, which has all the CPUs, and so much memory that Ray would rather place things there."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1, memory=10**12, labels={runtime.MARKET_TYPE: runtime.SPOT})
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield node.node_id
+    finally:
+        cluster.shutdown()
+
+
 def wait_until(condition: Any) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
@@ -42,7 +58,10 @@ def wait_until(condition: Any) -> None:
 
 
 @pytest.mark.slow
-def test_trials_are_decided_on_while_mlflow_is_away(sweep_document: dict[str, Any], port: int, tmp_path: Path) -> None:
+def test_trials_are_decided_on_while_mlflow_is_away(
+    sweep_document: dict[str, Any], port: int, spot: str, tmp_path: Path
+) -> None:
+    """And what drives them is on no spot machine, though one has more room."""
     training: dict[str, Any] = {"steps": STEPS, "log_every_steps": 1, "validate_every_steps": RUNG}
     training |= dict.fromkeys(("preview_every_steps", "checkpoint_every_steps"), STEPS)
     spec = SweepSpec.model_validate(
@@ -67,6 +86,8 @@ def test_trials_are_decided_on_while_mlflow_is_away(sweep_document: dict[str, An
         """From when the trial has begun until it was stopped."""
         wait_until(lambda: journal.run_folder(1).mlflow_run())
         server.close()
+        wait_until(lambda: places(spot).items() >= {"ImplicitFunc": False, "TrainController": False}.items())
+        wait_until(lambda: places(spot).get("RayTrainWorker"))
         wait_until(lambda: journal.trials()[1].state == "stopped")
         server.enter_context(servers.mlflow_server(tmp_path, port))
 
@@ -75,6 +96,9 @@ def test_trials_are_decided_on_while_mlflow_is_away(sweep_document: dict[str, An
         outage = pool.submit(take_away)
         swept = run_sweep(spec, "outage-1", is_new=False, watch=watcher)
         outage.result()
+        assert not runtime.grows()
+        there = ray.remote(runtime.off_spot).options(num_cpus=0, label_selector={runtime.MARKET_TYPE: runtime.SPOT})
+        assert ray.get(there.remote()) == {}  # who is there anyway asks for no other machine
         assert [trial.state for trial in swept.trials] == ["finished", "stopped"], watcher.said
         away = watcher.said.index("MLflow does not answer; the sweep goes on, and reports wait in the runs' folders.")
         assert watcher.said.index("MLflow answers again; it knows all reports.") > away
@@ -89,6 +113,12 @@ def test_trials_are_decided_on_while_mlflow_is_away(sweep_document: dict[str, An
         run = tracker.client.get_run(trial.run_id)
         assert (run.info.status, run.data.tags[ENDED]) == ("KILLED", "others were better at its step")
         assert tracker.client.get_run(swept.tracker.run_id).info.status == "FINISHED"
+
+
+def places(spot: str) -> dict[str, bool]:
+    """Of each class of actors that live: whether the one there is, is on the spot machine."""
+    actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    return {actor["ActorClassName"]: actor["Address"]["NodeID"] == spot for actor in actors}
 
 
 def begin_with_a_good_trial(spec: SweepSpec, journal: Journal) -> None:
