@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,7 +51,7 @@ from data_shards.writer import write_tar
 BATCH, WORKERS, SHARD_SAMPLES, RESUMED_AT = 32, 2, 1000, 0.9
 BUCKET = "s3://streaming"
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-LATENTS = (32, 32, 32)  # mean and log-variance of 16 channels: FLUX at 256 x 256
+LATENTS = (16, 32, 32)  # mean and log-variance of 8 channels: the study's autoencoder at 256 x 256
 
 
 # --- the data, once for each contender ---
@@ -291,21 +290,20 @@ FORMATS = {"mosaicml": "mosaicml", "litdata": "litdata", "latents": "latents", "
 
 
 def turn(contender: str, source: Source) -> dict[str, float]:
-    """An epoch: its speed from the second batch on, the time to the first, the most memory of all processes."""
-    memory = Memory()
+    """An epoch: its speed from the second batch on, or in all where what comes first is most of it; the time to the
+    first batch."""
     began, used = time.perf_counter(), cpu_seconds()
     batches = CONTENDERS[contender](source)
     first = next(batches)
     to_first = time.perf_counter()
     rest = sum(batches)
     ended = time.perf_counter()
-    is_limit = contender.endswith("limit")  # which hands on nothing but the number of a shard's images
+    in_all = contender.endswith("limit") or contender == "latents"
     return {
         "images": first + rest,
-        "images_per_second": (first + rest) / (ended - began) if is_limit else rest / (ended - to_first),
+        "images_per_second": (first + rest) / (ended - began) if in_all else rest / (ended - to_first),
         "cpu_ms_per_image": (cpu_seconds() - used) / (first + rest) * 1e3,
         "seconds_to_first_batch": to_first - began,
-        "peak_memory_mb": memory.stop(),
     }
 
 
@@ -315,35 +313,30 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-class Memory(threading.Thread):
-    """The most that this process and its children take: memory they share counts once."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._most, self._stopped = 0, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._stopped.wait(0.5):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:  # it has just ended
-                    continue
-            self._most = max(self._most, total)
-
-    def stop(self) -> float:
-        self._stopped.set()
-        return self._most / 1e6
-
-
 def in_own_process(contender: str, source: Source) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.streaming", "--turn", contender, json.dumps(asdict(source))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
+        memory = 0.0
+        while process.poll() is None:
+            memory = max(memory, memory_of(process.pid))
+            time.sleep(0.25)
+        output.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{contender} failed:\n{errors.read()[-3000:]}")
+        return {**json.loads(output.read().splitlines()[-1]), "peak_memory_mb": memory / 1e6}
+
+
+def memory_of(pid: int) -> float:
+    """Bytes that a process and its children take; what they share counts once."""
+    total = 0.0
+    try:
+        for process in [(parent := psutil.Process(pid)), *parent.children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except psutil.Error:  # one has just ended
+        pass
+    return total
 
 
 def forget_pages(place: str) -> None:
@@ -386,7 +379,8 @@ def plan_of_a_rank(folder: str) -> dict[str, float]:
     batch, ranks = 4096, 512
     counts = tuple(shard.num_samples for shard in manifest.split("train"))
     plan = Plan(counts, manifest.digest, 0, batch, window_size(batch))
-    windows = {plan.place(0, slot).lane: plan.window(plan.place(0, slot)) for slot in range(batch // ranks)}
+    keys = [plan.place(0, slot).window for slot in range(batch // ranks)]
+    windows = {key: plan.window(key) for key in keys}
     seconds = time.perf_counter() - began
     assert len(windows) == batch // ranks
     return {"seconds": seconds, "memory_mb": (psutil.Process().memory_info().rss - before) / 1e6}
@@ -445,7 +439,7 @@ def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict
         write_mosaicml(folder / "mosaicml", samples)
     if "litdata" in options.contenders:
         write_litdata(folder / "litdata", samples)
-    write_latents(folder / "latents", options.samples // 4)
+    write_latents(folder / "latents", options.samples)
     size = sum(path.stat().st_size for path in (folder / "shards").glob("*.tar"))
     if "s3" in options.places:
         from tests.servers import s3_server  # its package forgets AWS's variables, which every turn needs

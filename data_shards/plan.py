@@ -18,6 +18,7 @@ samples from G places all over the data set.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +46,18 @@ class Window:
     order: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the sample of a slot is found: the k-th to be used of a window."""
+class WindowKey(NamedTuple):
+    """Which window of which lane in which epoch."""
 
     epoch: int
     lane: int
-    window: int
+    number: int
+
+
+class Place(NamedTuple):
+    """Where the sample of a slot is found: the k-th to be used of a window."""
+
+    window: WindowKey
     k: int
 
 
@@ -99,26 +105,26 @@ class Plan:
         epoch, position = divmod(step * self.global_batch_size + slot, self.num_samples)
         plan = self.epoch(epoch)
         if position < plan.head:
-            return Place(epoch, HEAD, 0, position)
+            return Place(WindowKey(epoch, HEAD, 0), position)
         batch, lane = divmod(position - plan.head, self.global_batch_size)
         if batch >= plan.full_batches:
-            return Place(epoch, TAIL, 0, position - plan.head - plan.full_batches * self.global_batch_size)
-        window, k = divmod(batch, self.window_size)
-        return Place(epoch, lane, window, k)
+            position -= plan.head + plan.full_batches * self.global_batch_size
+            return Place(WindowKey(epoch, TAIL, 0), position)
+        number, k = divmod(batch, self.window_size)
+        return Place(WindowKey(epoch, lane, number), k)
 
-    def window(self, place: Place) -> Window:
-        """The window that `place` is in."""
-        return self.epoch(place.epoch).window(place.lane, place.window)
+    def window(self, key: WindowKey) -> Window:
+        return self.epoch(key.epoch).window(key.lane, key.number)
 
     def sample(self, step: int, slot: int) -> tuple[int, int, int]:
         """(epoch, shard, index in the shard) of a slot: the plan itself, for tests and for people."""
         place = self.place(step, slot)
-        window = self.window(place)
+        window = self.window(place.window)
         along = int(window.order[place.k])
         for stretch in window.stretches:
             length = stretch.stop - stretch.start
             if along < length:
-                return place.epoch, stretch.shard, stretch.start + along
+                return place.window.epoch, stretch.shard, stretch.start + along
             along -= length
         raise AssertionError("a window's order stays within its stretches")
 

@@ -22,14 +22,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cluster import counters
 from cluster.errors import UserError
 from data_shards.block_cache import BlockCache
 from data_shards.decode import ImageError, decode_into
 from data_shards.manifest import Manifest, Precomputed, check_present
-from data_shards.plan import Place, Plan, Stretch, deal, window_size
+from data_shards.plan import Place, Plan, Stretch, WindowKey, deal, window_size
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER, Batch, derive_seed
 
@@ -54,7 +53,7 @@ class _Step:
     samples: list[Encoded]
     seeds: list[int]
     flipped: list[bool]
-    inputs: Tensor
+    inputs: NDArray[np.float32]
 
 
 class ShardStream:
@@ -141,7 +140,7 @@ class ShardStream:
             opened: list[Encoded] = []
             for sample in samples:
                 with suppress(ImageError):
-                    self._open_into(inputs[len(opened)].numpy(), sample, False)
+                    self._open_into(inputs[len(opened)], sample, False)
                     opened.append(sample)
             if opened:
                 seeds = [derive_seed(self._seed, "one pass", sample.index) for sample in opened]
@@ -178,7 +177,8 @@ class ShardStream:
 
     def _begin(self, places: Sequence[Place], windows: "_Windows") -> _Step:
         samples = [windows.sample_at(place) for place in places]
-        seeds = [derive_seed(self._seed, p.epoch, sample.index) for p, sample in zip(places, samples, strict=True)]
+        epochs = [place.window.epoch for place in places]
+        seeds = [derive_seed(self._seed, epoch, s.index) for epoch, s in zip(epochs, samples, strict=True)]
         flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
         return _Step(samples, seeds, flipped, self._memory.take(len(samples), *self._input_shape))
 
@@ -188,9 +188,8 @@ class ShardStream:
         Raises UserError if MAX_BAD_IN_A_ROW samples cannot.
         """
         for number in numbers:
-            step.samples[number] = self._open_or_replace(
-                step.inputs[number].numpy(), step.samples[number], step.flipped[number]
-            )
+            sample, mirrored = step.samples[number], step.flipped[number]
+            step.samples[number] = self._open_or_replace(step.inputs[number], sample, mirrored)
 
     def _open_or_replace(self, place: NDArray[np.float32], sample: Encoded, mirrored: bool) -> Encoded:
         for candidate in self._from(sample):
@@ -242,7 +241,7 @@ class ShardStream:
     def _batch(self, step: _Step, part: slice = slice(None)) -> Batch:
         samples, seeds = step.samples[part], step.seeds[part]
         return Batch(
-            inputs=step.inputs[part],
+            inputs=torch.from_numpy(step.inputs)[part],
             captions=[_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)],
             keys=[sample.key for sample in samples],
             flipped=step.flipped[part],
@@ -266,16 +265,16 @@ class _Memory:
     def __init__(self) -> None:
         self._free: dict[tuple[int, ...], deque[NDArray[np.float32]]] = {}
 
-    def take(self, *shape: int) -> Tensor:
-        """float32, with whatever is in it."""
+    def take(self, *shape: int) -> NDArray[np.float32]:
+        """Uninitialised; free again when this array and all tensors over it are gone."""
         free = self._free.setdefault(shape, deque())
         try:
             array = free.pop()
         except IndexError:
             array = np.empty(shape, np.float32)
-        lent = array.view()  # which the tensor holds, and all that share its memory do
+        lent = array.view()
         weakref.finalize(lent, free.append, array)
-        return torch.from_numpy(lent)
+        return lent
 
 
 class _Windows:
@@ -284,32 +283,35 @@ class _Windows:
     def __init__(self, stream: ShardStream, fetchers: ThreadPoolExecutor) -> None:
         self._stream = stream
         self._fetchers = fetchers
-        self._fetched: dict[Place, Future[list[Encoded]]] = {}
+        self._open: dict[WindowKey, list[Encoded]] = {}
+        self._fetching: dict[WindowKey, Future[list[Encoded]]] = {}
 
     def sample_at(self, place: Place) -> Encoded:
-        first = replace(place, k=0)
-        samples = self._fetch(first).result()
-        if place.lane >= 0:
-            self._start_next(first)
-        if place.k == len(samples) - 1:
-            del self._fetched[first]
-        return samples[place.k]
+        key, k = place
+        samples = self._open.get(key)
+        if samples is None:
+            samples = self._open[key] = self._opened(key)
+        if k == len(samples) - 1:
+            del self._open[key]
+        return samples[k]
 
-    def _fetch(self, first: Place) -> Future[list[Encoded]]:
-        if first not in self._fetched:
-            # What other ranks used up of a window at the seam of two epochs never comes to its end here.
-            for old in [place for place in self._fetched if place.epoch < first.epoch - 1]:
-                del self._fetched[old]
-            self._fetched[first] = self._fetchers.submit(self._read, first)
-        return self._fetched[first]
-
-    def _start_next(self, first: Place) -> None:
-        following = replace(first, window=first.window + 1)
-        if following.window < self._stream.plan.epoch(first.epoch).windows_per_lane:
+    def _opened(self, key: WindowKey) -> list[Encoded]:
+        # What other ranks used up of a window at the seam of two epochs never comes to its end here.
+        for old in [other for other in self._open if other.epoch < key.epoch - 1]:
+            del self._open[old]
+        self._fetch(key)
+        samples = self._fetching.pop(key).result()
+        following = key._replace(number=key.number + 1)
+        if key.lane >= 0 and following.number < self._stream.plan.epoch(key.epoch).windows_per_lane:
             self._fetch(following)
+        return samples
 
-    def _read(self, first: Place) -> list[Encoded]:
-        window = self._stream.plan.window(first)
+    def _fetch(self, key: WindowKey) -> None:
+        if key not in self._fetching:
+            self._fetching[key] = self._fetchers.submit(self._read, key)
+
+    def _read(self, key: WindowKey) -> list[Encoded]:
+        window = self._stream.plan.window(key)
         samples = [sample for stretch in window.stretches for sample in self._stream.read(stretch)]
         return [samples[i] for i in window.order]
 

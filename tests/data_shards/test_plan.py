@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.plan import Place, Plan, deal, window_size
+from data_shards.plan import Plan, WindowKey, deal, window_size
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=7).map(tuple)
 
@@ -69,7 +69,7 @@ def test_a_batch_mixes_shards_and_a_lane_reads_forward() -> None:
 
 def test_neighbours_in_a_shard_are_separated_by_the_window() -> None:
     plan = plan_of((512,), 2, window_size=64)
-    window = plan.window(Place(0, 0, 0, 0))
+    window = plan.window(WindowKey(0, 0, 0))
     assert sorted(window.order) == list(range(64))
     assert list(window.order) != sorted(window.order)
 
