@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from webdataset.tariterators import group_by_keys
-
 from cluster import counters, storage
 from cluster.documents import parsing
 from cluster.errors import UserError
@@ -23,17 +21,18 @@ from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
+COPIED = 2**15  # bytes, up to which a copy costs less than keeping track of a part
 INDEXES_KEPT = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A sample as it is in its shard."""
 
     index: int
     key: str
     members: Mapping[str, bytes | memoryview]
-    """By ending, as in `data_shards.sample`; parts of what was read, uncopied."""
+    """By ending, as in `data_shards.sample`."""
     captions: list[str]
 
 
@@ -56,7 +55,7 @@ class ShardReader:
         entries = self._index(shard)[start:stop]
         data = self._checked(uri, shard, entries)
         with parsing(f"{uri}, though its bytes are those of the manifest,"):
-            samples = [_encoded(first_index + i, members) for i, members in enumerate(samples_in(data))]
+            samples = [_encoded(first_index + i, *sample) for i, sample in enumerate(samples_in(data))]
         if [sample.key for sample in samples] != [entry.key for entry in entries]:
             raise UserError(f"{uri} holds other samples than the manifest says: write the shards again")
         return samples
@@ -110,21 +109,30 @@ def encoded_image(sample: Encoded) -> bytes:
     raise ImageError(f"the sample has no {' or '.join(IMAGE_MEMBERS)}")
 
 
-def _encoded(index: int, members: Mapping[str, bytes | memoryview]) -> Encoded:
+def _encoded(index: int, key: str, members: Mapping[str, bytes | memoryview]) -> Encoded:
     """Raises ValueError, KeyError or TypeError if it has no captions."""
     captions = json.loads(bytes(members[ABOUT_MEMBER]))["captions"]
     if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"sample '{members['__key__']!r}' has no captions")
-    return Encoded(index, str(members["__key__"]), members, captions)
+        raise ValueError(f"sample '{key}' has no captions")
+    return Encoded(index, key, members, captions)
 
 
 # --- tar ---
 
 
-def samples_in(data: bytes) -> Iterator[Mapping[str, bytes | memoryview]]:
-    """Samples in a part of a tar as WebDataset names them: one dictionary of members by ending for each key."""
-    files = ({"fname": name, "data": content, "__url__": ""} for name, content in _files(data))
-    samples: Iterator[Mapping[str, bytes | memoryview]] = group_by_keys(files)
+def samples_in(data: bytes) -> list[tuple[str, dict[str, bytes | memoryview]]]:
+    """Key and members by ending of each sample in a part of a tar, as WebDataset names them: a key ends at the first
+    dot of a name, and the files of a sample follow each other. Raises ValueError for a file without an ending."""
+    samples: list[tuple[str, dict[str, bytes | memoryview]]] = []
+    for name, content in _files(data):
+        folder, slash, last = name.rpartition("/")
+        stem, dot, ending = last.partition(".")
+        if not stem or not dot:
+            raise ValueError(f"'{name}' is no name of a sample's file")
+        key = f"{folder}{slash}{stem}"
+        if not samples or samples[-1][0] != key:
+            samples.append((key, {}))
+        samples[-1][1][ending.lower()] = content
     return samples
 
 
@@ -133,9 +141,10 @@ def _files(data: bytes) -> Iterable[tuple[str, bytes | memoryview]]:
     return _plain_files(data) or _any_files(data)
 
 
-def _plain_files(data: bytes) -> list[tuple[str, memoryview]] | None:
+def _plain_files(data: bytes) -> list[tuple[str, bytes | memoryview]] | None:
     """As `_any_files`, ten times as fast, for what our writer and most others make: short names, no extensions."""
-    files, at, view = [], 0, memoryview(data)
+    files: list[tuple[str, bytes | memoryview]] = []
+    at, view = 0, memoryview(data)
     while at < len(data):
         header = data[at : at + BLOCK]
         name = header[:100].rstrip(b"\0")
@@ -146,7 +155,7 @@ def _plain_files(data: bytes) -> list[tuple[str, memoryview]] | None:
         end = start + int(header[124:135], 8)
         if end > len(data):
             return None
-        files.append((name.decode(), view[start:end]))
+        files.append((name.decode(), view[start:end] if end - start > COPIED else data[start:end]))
         at = start + math.ceil((end - start) / BLOCK) * BLOCK
     return files
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import TypeVar
 
@@ -36,7 +36,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
-CHUNKS = 2  # of a step for each worker, so that none waits long for the last one
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
 MAX_HEADER = 4096  # bytes of an array's; ours have 128
@@ -152,7 +151,7 @@ class ShardStream:
         own = list(dict.fromkeys(number for number, _ in dealt))
         slots = [slot for number in own for slot in range(number * size, (number + 1) * size)]
         parts = {number: slice(at * size, (at + 1) * size) for at, number in enumerate(own)}
-        chunk_size = -(-len(slots) // (CHUNKS * max(1, self._num_workers)))
+        chunk_size = -(-len(slots) // max(1, self._num_workers))
         chunks = [range(len(slots))[start : start + chunk_size] for start in range(0, len(slots), chunk_size)]
         with (
             ThreadPoolExecutor(FETCH_THREADS) as fetchers,
@@ -355,17 +354,25 @@ def _moments(sample: Encoded, mirrored: bool) -> NDArray[np.float32]:
 def _array(data: bytes | memoryview) -> NDArray[np.float32]:
     """A member of moments, float32 [2C, h, w]. Raises ImageError for anything else; NumPy would make room for all that
     a header claims, and open zip archives."""
-    file = io.BytesIO(data[:MAX_HEADER])
+    header_length = 10 + int.from_bytes(data[8:10], "little")
+    shape = _shape_in(bytes(data[: min(header_length, MAX_HEADER)]))
+    if math.prod(shape) * 4 != len(data) - header_length:
+        raise ImageError(f"its moments are damaged: {list(shape)} in {len(data) - header_length} bytes")
+    return np.frombuffer(data, np.float32, offset=header_length).reshape(shape)
+
+
+@lru_cache(64)  # a set has one or two, and each takes longer to read than what follows it
+def _shape_in(header: bytes) -> tuple[int, ...]:
+    """Of an array float32 [2C, h, w], which its NPY header must say. Raises ImageError."""
+    file = io.BytesIO(header)
     try:
         np.lib.format.read_magic(file)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:
         raise ImageError(f"its moments are damaged: {error}") from None
-    num_bytes = len(data) - file.tell()
-    is_whole = min(shape, default=0) > 0 and math.prod(shape) * dtype.itemsize == num_bytes
-    if dtype != np.float32 or is_fortran or len(shape) != 3 or not is_whole:
-        raise ImageError(f"its moments are damaged: {dtype} {list(shape)} in {num_bytes} bytes")
-    return np.frombuffer(data, np.float32, offset=file.tell()).reshape(shape)
+    if dtype != np.float32 or is_fortran or len(shape) != 3 or min(shape) <= 0:
+        raise ImageError(f"its moments are damaged: {dtype} {list(shape)}")
+    return shape
 
 
 def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
