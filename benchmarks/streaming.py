@@ -450,7 +450,7 @@ def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> dict
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
+        os.environ |= {"S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "AWS_ALLOW_HTTP": "true"}  # for the others
         name = BUCKET.removeprefix("s3://")
         boto3.client("s3").create_bucket(Bucket=name, ACL="public-read")
         for kind in ("shards", "mosaicml", "litdata", "latents"):
