@@ -265,15 +265,23 @@ class _Memory:
         self._free: dict[tuple[int, ...], deque[NDArray[np.float32]]] = {}
 
     def take(self, *shape: int) -> NDArray[np.float32]:
-        """Uninitialised; free again when this array and all tensors over it are gone."""
+        """Uninitialised; free again when this array, its parts, and all tensors over them are gone."""
         free = self._free.setdefault(shape, deque())
         try:
             array = free.pop()
         except IndexError:
             array = np.empty(shape, np.float32)
-        lent = array.view()
-        weakref.finalize(lent, free.append, array)
-        return lent
+        loan = _Loan(array)
+        weakref.finalize(loan, free.append, array)
+        return np.asarray(loan)
+
+
+class _Loan:
+    """Holds an array's memory for others. A part of an array holds the array that owns its memory, not the one that it
+    was cut from; none of them owns this memory, so all hold this."""
+
+    def __init__(self, array: NDArray[np.float32]) -> None:
+        self.__array_interface__ = array.__array_interface__
 
 
 class _Windows:

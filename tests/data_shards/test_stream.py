@@ -25,6 +25,7 @@ from data_shards.manifest import ShardIndex, read_index
 from data_shards.plan import window_size
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
+from data_shards.stream import _Memory
 from data_shards.writer import write_tar
 from tests.conftest import write_small_shards
 from tests.fault_proxy import Fault, fault_proxy
@@ -218,6 +219,36 @@ def test_whatever_the_shards_ranks_and_workers_the_sequence_is_that_of_the_plan(
         (f"{shard}-{index}", derive_seed(3, epoch, first[shard] + index))
         for epoch, shard, index in itertools.starmap(planned.sample, slots)
     ]
+
+
+def test_memory_is_lent_anew_only_when_nothing_of_it_is_held() -> None:
+    memory = _Memory()
+    array = memory.take(4, 2)
+    array[:] = 1
+    place = array.__array_interface__["data"]
+    part = array[1:]
+    tensor = torch.from_numpy(part)[1:]
+    del array
+    other = memory.take(4, 2)
+    other[:] = 2
+    del part
+    memory.take(4, 2)[:] = 3
+    assert (tensor == 1).all()
+    del tensor
+    assert memory.take(4, 2).__array_interface__["data"] == place
+
+
+def test_batches_that_are_held_stay_as_they_were(shards: str) -> None:
+    """All of an epoch and of a pass are held at once, and are those that were looked at one by one."""
+    for held, single in (
+        (
+            [step[0] for step in islice(stream(shards, micro_batch_size=GLOBAL).batches(), 12)],
+            (step[0] for step in stream(shards, micro_batch_size=GLOBAL, num_workers=0).batches()),
+        ),
+        (list(stream(shards).one_pass(3)), stream(shards).one_pass(3)),
+    ):
+        for one in held:
+            assert torch.equal(one.inputs, next(single).inputs)
 
 
 # --- faults ---
