@@ -189,7 +189,9 @@ class Manifest(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{uri} is damaged or of another version: {where}: {problem['msg']}") from None
+            raise UserError(
+                f"{uri} is damaged or of another version: {where}: {problem['msg']}; remove it and write the shards again"
+            ) from None
 
     def save(self, shards_uri: str) -> None:
         storage.write_bytes(storage.join(shards_uri, MANIFEST), self.model_dump_json(indent=1).encode())
