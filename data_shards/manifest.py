@@ -190,7 +190,8 @@ class Manifest(BaseModel):
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise UserError(
-                f"{uri} is damaged or of another version: {where}: {problem['msg']}; remove it and write the shards again"
+                f"{uri} is damaged or of another version: {where}: {problem['msg']}; remove it and write the shards "
+                "again"
             ) from None
 
     def save(self, shards_uri: str) -> None:
