@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -168,12 +168,16 @@ def list_files(uri: str) -> list[str]:
 def list_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file below `uri`, by its name relative to it; empty if there are none."""
     if not is_remote(uri):
-        folder = _path(uri)
-        return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        folder, sizes = _path(uri), {}
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # what others were writing has its own name by now
+                if path.is_file():
+                    sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+        return sizes
     location = _location(join(uri, ""))
     with _explained("list", uri):
         pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
-        found = [(object["Key"], object["Size"]) for page in pages for object in page.get("Contents", [])]
+        found = [(content["Key"], content["Size"]) for page in pages for content in page.get("Contents", [])]
     named = ((key.removeprefix(location["Key"]), size) for key, size in found)
     # Some writers mark folders by empty objects whose names end in a slash.
     return {name: size for name, size in named if name and not name.endswith("/")}
