@@ -42,7 +42,8 @@ class ShardReader:
     def __init__(self, shards_uri: str, *, cache: BlockCache | None = None, indexes_kept: int = INDEXES_KEPT) -> None:
         self._uri = shards_uri
         self._cache = cache
-        self._index = lru_cache(indexes_kept)(partial(read_index, shards_uri))
+        self.index = lru_cache(indexes_kept)(partial(read_index, shards_uri))
+        """Where a shard's samples are."""
 
     def read(
         self, shard: ShardEntry, start: int = 0, stop: int | None = None, *, first_index: int = 0
@@ -52,7 +53,7 @@ class ShardReader:
         Raises UserError naming the shard and the sample if the bytes are not those of the manifest.
         """
         uri = storage.join(self._uri, shard.name)
-        entries = self._index(shard)[start:stop]
+        entries = self.index(shard)[start:stop]
         data = self._checked(uri, shard, entries)
         with parsing(f"{uri}, though its bytes are those of the manifest,"):
             samples = [_encoded(first_index + i, *sample) for i, sample in enumerate(samples_in(data))]
@@ -92,7 +93,7 @@ def read_images(shards_uri: str, keys: Iterable[str]) -> dict[str, bytes]:
     wanted, found = set(keys), {}
     reader = ShardReader(shards_uri)
     for shard in Manifest.load(shards_uri).shards:
-        for number, entry in enumerate(read_index(shards_uri, shard)):
+        for number, entry in enumerate(reader.index(shard)):
             if entry.key in wanted:
                 [sample] = reader.read(shard, number, number + 1)
                 found[entry.key] = encoded_image(sample)
