@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,7 @@ from data_shards.writer import write_tar
 
 BATCH, WORKERS, SHARD_SAMPLES, RESUMED_AT = 32, 2, 1000, 0.9
 BUCKET = "s3://streaming"
+UNTOLD: dict[str, Any] = {"groups": {}, "captions": {}, "licences": {}, "quarantined": {}, "conversions": {}}
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 LATENTS = (16, 32, 32)  # mean and log-variance of 8 channels: the study's autoencoder at 256 x 256
 
@@ -75,8 +77,9 @@ def write_ours(folder: Path, samples: Sequence[dict[str, Any]], precomputed: Pre
         part = samples[start : start + SHARD_SAMPLES]
         name = f"images-train-{number:06d}.tar"
         shards.append(write_tar(part, str(folder), name=name, split="train", made_of=""))
-    empty: dict[str, Any] = {"groups": {}, "captions": {}, "licences": {}, "quarantined": {}, "conversions": {}}
-    manifest = Manifest(name="images", source={}, split_rule="", shards=tuple(shards), precomputed=precomputed, **empty)
+    manifest = Manifest(
+        name="images", source={}, split_rule="", shards=tuple(shards), precomputed=precomputed, **UNTOLD
+    )
     manifest.save(str(folder))
 
 
@@ -227,24 +230,23 @@ def litdata(source: Source) -> Iterator[int]:
         yield len(batch)
 
 
-def limit(source: Source) -> Iterator[int]:
-    """Reading from front to back and decoding, in as many processes as the others have workers."""
-    shards = Manifest.load(source.place).shards
+def limit(work: Callable[[Source, ShardEntry], int], source: Source) -> Iterator[int]:
+    """Each shard from front to back, in as many processes as the others have workers."""
     with multiprocessing.Pool(WORKERS) as pool:
-        yield from pool.imap_unordered(ReadAndDecode(source), shards)
+        yield from pool.imap_unordered(partial(work, source), Manifest.load(source.place).shards)
 
 
-@dataclass
-class ReadAndDecode:
-    source: Source
+def read_and_decode(source: Source, shard: ShardEntry) -> int:
+    data = storage.read_bytes(storage.join(source.place, shard.name))
+    images = np.empty((BATCH, 3, source.resolution, source.resolution), np.float32)
+    for number, jpeg in enumerate(jpegs_in(data)):
+        decode_into(images[number % BATCH], jpeg)
+    return shard.num_samples
 
-    def __call__(self, shard: ShardEntry) -> int:
-        data = storage.read_bytes(storage.join(self.source.place, shard.name))
-        images, at = torch.empty(BATCH, 3, self.source.resolution, self.source.resolution), 0
-        for number, jpeg in enumerate(jpegs_in(data)):
-            at = number % BATCH
-            decode_into(images[at].numpy(), jpeg)
-        return shard.num_samples
+
+def read_only(source: Source, shard: ShardEntry) -> int:
+    storage.read_bytes(storage.join(source.place, shard.name))
+    return shard.num_samples
 
 
 def jpegs_in(data: bytes) -> Iterable[bytes]:
@@ -257,34 +259,14 @@ def jpegs_in(data: bytes) -> Iterable[bytes]:
         at += 512 + -(-size // 512) * 512
 
 
-def latents(source: Source) -> Iterator[int]:
-    yield from ours(source)
-
-
-def latents_limit(source: Source) -> Iterator[int]:
-    """Reading from front to back into memory that is there already."""
-    shards = Manifest.load(source.place).shards
-    with multiprocessing.Pool(WORKERS) as pool:
-        yield from pool.imap_unordered(ReadOnly(source), shards)
-
-
-@dataclass
-class ReadOnly:
-    source: Source
-
-    def __call__(self, shard: ShardEntry) -> int:
-        storage.read_bytes(storage.join(self.source.place, shard.name))
-        return shard.num_samples
-
-
 CONTENDERS: dict[str, Callable[[Source], Iterator[int]]] = {
-    "limit": limit,
+    "limit": partial(limit, read_and_decode),
     "ours": ours,
     "webdataset": webdataset,
     "mosaicml": mosaicml,
     "litdata": litdata,
-    "latents_limit": latents_limit,
-    "latents": latents,
+    "latents_limit": partial(limit, read_only),
+    "latents": ours,
 }
 FORMATS = {"mosaicml": "mosaicml", "litdata": "litdata", "latents": "latents", "latents_limit": "latents"}
 
@@ -367,9 +349,8 @@ def planning() -> dict[str, float]:
         )
         for number in range(10_000)
     )
-    empty: dict[str, Any] = {"groups": {}, "captions": {}, "licences": {}, "quarantined": {}, "conversions": {}}
     with tempfile.TemporaryDirectory() as folder:
-        Manifest(name="big", source={}, split_rule="", shards=shards, **empty).save(folder)
+        Manifest(name="big", source={}, split_rule="", shards=shards, **UNTOLD).save(folder)
         del shards
         command = [sys.executable, "-m", "benchmarks.streaming", "--plan", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
