@@ -29,12 +29,22 @@ def names_cluster() -> bool:
 
 
 @contextmanager
+def on_named_cluster() -> Iterator[None]:
+    """Connected to the cluster that RAY_ADDRESS names, if it names one, for as long as the block lasts."""
+    if not names_cluster():
+        yield
+        return
+    from cluster.runtime import connect
+
+    with connect(1):
+        yield
+
+
+@contextmanager
 def mapping(num_threads: int) -> Iterator[Map]:
     """A map for as long as the block lasts: on the cluster that RAY_ADDRESS names, else in threads of this process."""
     if names_cluster():
-        from cluster.runtime import connect
-
-        with connect(1):
+        with on_named_cluster():
             yield _map_on_cluster
         return
     with ThreadPoolExecutor(num_threads) as pool:

@@ -31,7 +31,7 @@ from cluster.errors import UserError
 from cluster.weights import component_digest, local_weights
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry, index_name
-from data_shards.parallel import names_cluster
+from data_shards.parallel import names_cluster, on_named_cluster
 from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
@@ -120,7 +120,7 @@ def precompute(
     if storage.absolute(out) == storage.absolute(shards):
         raise UserError(f"the precomputed set cannot take the place of its own shards {shards}: name another folder")
     storage.check_writable(out)
-    with _cluster_if_named():
+    with on_named_cluster():
         device = device or _best_device()
         settings = _settings(source, pretrained, resolution, max_tokens, horizontal_flip, device)
         if existing := _finished(out, settings, extra_prompts):
@@ -285,17 +285,6 @@ def _tidy(out: str, shards: Sequence[str], prompt_files: Sequence[str]) -> None:
     for name in storage.list_files(out):
         if OURS.match(name) and name not in kept:
             storage.delete(storage.join(out, name))
-
-
-@contextmanager
-def _cluster_if_named() -> Iterator[None]:
-    if not names_cluster():
-        yield
-        return
-    from cluster.runtime import connect
-
-    with connect(1):
-        yield
 
 
 def _best_device() -> str:
