@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import ray
@@ -308,7 +306,7 @@ def _fit(
 
     So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C
     would abort at once and lose the steps since the last checkpoint. It is only installed on the main thread, so
-    training is awaited on another. Raises KeyboardInterrupt at the second Ctrl-C.
+    training is awaited on another.
     """
     outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
 
@@ -322,47 +320,27 @@ def _fit(
     thread.start()
     stopping = False
     refusal: Exception | None = None
-    with _interrupts_counted() as interrupts:
-        while thread.is_alive() or not reports.empty():
-            try:
-                thread.join(timeout=POLL_SECONDS)
-                for report in reports.get_nowait_batch(reports.qsize()):
-                    if refusal is None:
-                        on_progress(Progress(*report))
-            except Exception as error:
-                refusal = error
-                run.request_stop()
-            if interrupts and not stopping:
-                stopping = True
-                run.request_stop()
-                on_stop_requested()
+    while thread.is_alive() or not reports.empty():
+        try:
+            thread.join(timeout=POLL_SECONDS)
+            for report in reports.get_nowait_batch(reports.qsize()):
+                if refusal is None:
+                    on_progress(Progress(*report))
+        except Exception as error:
+            refusal = error
+            run.request_stop()
+        except KeyboardInterrupt:
+            if stopping:
+                raise
+            stopping = True
+            run.request_stop()
+            on_stop_requested()
     if refusal is not None:
         raise refusal
     result = outcome.get()
     if isinstance(result, BaseException):
         raise getattr(result, "controller_failure", result) from None
     return result
-
-
-@contextmanager
-def _interrupts_counted() -> Iterator[list[int]]:
-    """The interrupts inside the block, of which only the second is raised. Raised wherever it happens to come, as while
-    Ray gives up an object, an interrupt may be swallowed there."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()  # no other is ever interrupted
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.default_int_handler]
-    before = {number: signal.signal(number, note) for number in numbers if is_main}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _hopeless(error: object) -> UserError | None:
