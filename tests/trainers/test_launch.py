@@ -138,7 +138,15 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     path.write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "medsynth", "train", str(path), "--run", "stopped"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    first = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # As below a terminal: a script's background job, as these tests may be, ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert first.stdout is not None
     lines: list[str] = []
     for line in first.stdout:
