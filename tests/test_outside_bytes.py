@@ -221,7 +221,7 @@ def trained() -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
 
 def saved(folder: Path) -> None:
     model, ema, optimizer = trained()
-    checkpoint.save(folder, step=1, model=model, ema=ema, optimizer=optimizer)
+    checkpoint.snapshot(step=1, model=model, ema=ema, optimizer=optimizer).write(folder)
 
 
 def file_of_checkpoint(name: str) -> Callable[[], list[bytes]]:

@@ -10,12 +10,14 @@ every random draw and the learning rate.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
@@ -25,15 +27,51 @@ from trainers.sharded_checkpoint import mismatches
 from trainers.tensor_files import load_pickled, load_tensors
 
 
-def save(folder: Path, *, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint of `step` finished steps into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in trained_state(model).items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
-    safetensors.torch.save_file(ema.average, folder / "ema.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    state = {"step": step, "ema_updates": ema.num_updates}
-    (folder / "state.json").write_text(json.dumps(state) + "\n")
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was, in host memory, to be written while the training goes on."""
+
+    state: Mapping[str, int]
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    copied: torch.cuda.Event | None
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint into `folder`."""
+        if self.copied:
+            self.copied.synchronize()
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(dict(self.weights), folder / "model.safetensors")
+        safetensors.torch.save_file(dict(self.average), folder / "ema.safetensors")
+        torch.save(self.optimizer, folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps(self.state) + "\n")
+
+
+def snapshot(*, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """The state after `step` finished steps."""
+    weights = trained_state(model)
+    copied = torch.cuda.Event() if next(iter(weights.values())).is_cuda else None
+    found = Snapshot(
+        {"step": step, "ema_updates": ema.num_updates},
+        _on_host(weights),
+        _on_host(ema.average),
+        tree_map_only(Tensor, _copy_on_host, optimizer.state_dict()),
+        copied,
+    )
+    if copied:
+        copied.record()
+    return found
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _copy_on_host(value) for name, value in tensors.items()}
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    """A copy whose memory no step writes to, contiguous; one from a GPU is there when the GPU has come to it."""
+    pinned = tensor.is_cuda
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor.detach(), non_blocking=pinned)
 
 
 @torch.no_grad()
@@ -51,6 +89,12 @@ def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Opt
     with parsing(str(path)):
         _check_moments(document["state"], optimizer)
         optimizer.load_state_dict(document)
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            if (
+                value.shape == weight.shape
+            ):  # a moment: the fused optimizer takes it to lie in memory as its weight does
+                values[name] = torch.empty_like(weight).copy_(value)
     return state["step"]
 
 

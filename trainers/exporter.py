@@ -19,6 +19,8 @@ GAUGES = {
     "loss": "Mean loss of the steps since the report before.",
     "validation_loss": "Mean loss of the averaged weights over the validation split.",
     "images_per_second": "Images that all ranks together trained on in a second, since the report before.",
+    "teraflops_per_second": "Model FLOPs of a rank's passes in a second, in 10^12, since the report before.",
+    "mfu": "Model FLOP utilisation: their share of what the device can do at most.",
     "grad_norm": "Norm of the gradient before it is clipped, of the last step.",
     "learning_rate": "Learning rate of the last step.",
     "world_size": "Ranks that train.",
@@ -28,6 +30,11 @@ GAUGES = {
 
 RANK_GAUGES = {
     "data_wait_fraction": "Share of its steps' time that a rank waited for data, since the report before.",
+    "data_seconds": "Seconds of a step that a rank waited for data, mean since the report before.",
+    "forward_seconds": "The same, of its forward passes.",
+    "backward_seconds": "The same, of its backward passes.",
+    "optimizer_seconds": "The same, of its updates.",
+    "stall_seconds": "The same, that checkpoints and reports held it up.",
 }
 """Each rank's own: by run, stage and rank."""
 

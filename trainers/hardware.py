@@ -1,5 +1,7 @@
 """GPUs that training runs on, as far as planning needs to know them."""
 
+import math
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +18,17 @@ class Gpu:
     name: str  # as `medsynth plan --gpu` knows it
     product: str
     memory_bytes: int  # what a process can take, which is less than what is sold
-    matmul_flops: float  # FLOP/s of a large bf16 matrix product
+    peak_flops: float  # bf16 FLOP/s by the data sheet, dense
     memory_bandwidth: float  # bytes/s
     bus: float  # bytes/s that one GPU sends to the others of its machine, while it receives as many
     network: float  # bytes/s that one GPU sends to other machines
     host_bus: float  # bytes/s between one GPU and host memory
     gpus_per_host: int = 8
+
+    @property
+    def matmul_flops(self) -> float:
+        """FLOP/s of a large bf16 matrix product."""
+        return self.peak_flops * MATMUL_SHARE
 
 
 # Share of the data sheet's dense bf16 FLOP/s that a large matrix product reaches: 790 of 989 TFLOP/s measured on one
@@ -31,14 +38,14 @@ MATMUL_SHARE = 0.80
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", "NVIDIA A100 80GB SXM", 79 * GIB, 312e12 * MATMUL_SHARE, 2.0e12, 300e9, 25e9, 25e9),
-        Gpu("h100", "NVIDIA H100 80GB SXM", 78 * GIB, 989e12 * MATMUL_SHARE, 3.35e12, 450e9, 50e9, 50e9),
-        Gpu("h200", "NVIDIA H200 141GB SXM", 139 * GIB, 790e12, 4.3e12, 450e9, 50e9, 50e9),
-        Gpu("b200", "NVIDIA B200 SXM", 180 * 10**9, 2250e12 * MATMUL_SHARE, 8.0e12, 900e9, 50e9, 50e9),
-        Gpu("l40s", "NVIDIA L40S", int(44.4 * GIB), 362e12 * MATMUL_SHARE, 0.864e12, 25e9, 12.5e9, 25e9),
+        Gpu("a100", "NVIDIA A100 80GB SXM", 79 * GIB, 312e12, 2.0e12, 300e9, 25e9, 25e9),
+        Gpu("h100", "NVIDIA H100 80GB SXM", 78 * GIB, 989e12, 3.35e12, 450e9, 50e9, 50e9),
+        Gpu("h200", "NVIDIA H200 141GB SXM", 139 * GIB, 989e12, 4.3e12, 450e9, 50e9, 50e9),
+        Gpu("b200", "NVIDIA B200 SXM", 180 * 10**9, 2250e12, 8.0e12, 900e9, 50e9, 50e9),
+        Gpu("l40s", "NVIDIA L40S", int(44.4 * GIB), 362e12, 0.864e12, 25e9, 12.5e9, 25e9),
     )
 }
-"""Measured on one H200: memory, matrix product, memory bandwidth; on one H100: memory. All else is NVIDIA's: the data
+"""Measured on one H200: memory, memory bandwidth; on one H100: memory. All else is NVIDIA's: the data
 sheets of A100 80GB, H100, H200, HGX B200 and L40S, bf16 without sparsity, half of NVLink's two-way figure as the bus
 (the L40S has PCIe 4 x16 alone, of which some 25 GB/s arrive). Memory of A100 and L40S as PyTorch's out-of-memory
 messages give it. Networks are what the usual machines bring: one 400 Gb/s port a GPU for H100 and newer (DGX H100),
@@ -69,3 +76,21 @@ def gpu_here() -> Gpu | None:
     # An unknown GPU is taken for the A100, the slowest of the large ones: its memory is known, which decides.
     like = next((gpu for gpu in GPUS.values() if gpu.name in words), GPUS["a100"])
     return replace(like, product=properties.name, memory_bytes=properties.total_memory)
+
+
+@torch.no_grad()
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What a device can do at most, in FLOP/s: a GPU by its data sheet in bf16, as utilisation is published; a CPU, and
+    a GPU that is not known, by the product of two large matrices in `dtype`, measured."""
+    if device.type == "cuda" and (gpu := gpu_here()) and gpu.name in torch.cuda.get_device_name(device).lower():
+        return gpu.peak_flops
+    side = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    fastest = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * side**3 / fastest

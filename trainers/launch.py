@@ -11,6 +11,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
+from trainers.engines import Saving
 from trainers.exporter import Exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
@@ -365,7 +367,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
-    def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+    def report(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
         nonlocal reported
         reported = step
         if pixels is not None and len(pixels):
@@ -377,10 +379,11 @@ def _train_worker(config: dict[str, Any]) -> None:
             logger.info("step %d", step, extra={"metrics": {"step": step, **metrics}})
         ray.train.report(
             {"step": step, "has_picture": pixels is not None, **metrics},
-            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
+            checkpoint=ray.train.Checkpoint.from_directory(saving.folder) if saving else None,
             checkpoint_dir_name=checkpoint_folder(step, context.get_world_size()),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            validation=folder is not None
+            checkpoint_upload_fn=partial(_upload, saving.written) if saving else None,
+            validation=saving is not None
             and _is_measured(recipe, config["stage"], step)
             and ray.train.ValidationTaskConfig(fn_kwargs={"step": step}),
         )
@@ -427,6 +430,13 @@ def _train_worker(config: dict[str, Any]) -> None:
                 last = {"step": reported, "has_picture": False}
                 ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
             raise
+
+
+def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Beside the training: wait until the checkpoint is written, and put it into the run's folder."""
+    written.result()
+    persisted: ray.train.Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    return persisted
 
 
 def _report(stage: str, reported: Mapping[str, Any]) -> Report:

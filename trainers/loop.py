@@ -7,7 +7,7 @@ and resumed is the run that was never stopped, at any world size.
 
 import math
 import tempfile
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from data_shards import Batch, ShardStream, derive_seed
-from trainers.engines import Engine, StepOutcome
+from trainers.engines import Arriving, Engine, Saving
+from trainers.hardware import peak_flops
 from trainers.learning_rate import learning_rate_at
 from trainers.recipe import Training
 from trainers.stage import Stage
+from trainers.timing import Interval
 
 MAX_SKIPPED_STEPS = 10  # in a row; a few are bad luck, ten are a diverged run
 
-Report = Callable[[int, dict[str, float], Tensor | None, Path | None], None]
-"""(step, metrics, preview pixels uint8 [N, H, W, 3] on rank 0, this rank's checkpoint folder); called by every
-rank alike. The folder belongs to the callee, who removes it."""
+Report = Callable[[int, dict[str, float], Tensor | None, Saving | None], None]
+"""(step, metrics, preview pixels uint8 [N, H, W, 3] on rank 0, this rank's part of a checkpoint); called by every
+rank alike. The checkpoint's folder belongs to the callee, who removes it."""
 
 
 class DivergedError(UserError):
@@ -54,58 +56,69 @@ def train(
     """
     step = engine.load(resume_from) if resume_from else 0
     batches = stream.batches(start_step=step)
-    interval = Interval()
+    peak = peak_flops(engine.device, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+    interval = Interval(engine.device)
+    arriving: deque[Arriving] = deque()
     skipped_in_a_row = 0
+    is_stopping = False
 
-    while step < training.steps:
+    while step < training.steps and not is_stopping:
         # Draw nothing from a state that a resume could not restore.
         torch.manual_seed(derive_seed(seed, "step", step, engine.rank))
 
         # Accumulate gradients over this rank's micro-batches.
-        started = time.perf_counter()
-        micro_batches = next(batches)
-        data_seconds = time.perf_counter() - started
+        with interval.time("data"):
+            micro_batches = next(batches)
         loss = torch.zeros((), device=engine.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            prepared = stage.prepare(micro_batch, True)
-            with engine.autocast():
-                micro_loss = stage.objective(engine.model, **prepared).mean() * micro_batch.weight
-            engine.backward(micro_loss, is_last_micro_batch=number == len(micro_batches))
+            with interval.time("forward"):
+                prepared = stage.prepare(micro_batch, True)
+                with engine.autocast():
+                    micro_loss = stage.objective(engine.model, **prepared).mean() * micro_batch.weight
+            with interval.time("backward"):
+                engine.backward(micro_loss, is_last_micro_batch=number == len(micro_batches))
             loss += micro_loss.detach()
 
         # Update the weights, unless some rank's loss or gradient is not finite.
         learning_rate = learning_rate_at(step, training)
-        outcome = engine.step(learning_rate, loss, stop_requested=stop_requested())
+        with interval.time("optimizer"):
+            arriving.append(engine.step(learning_rate, loss, stop_requested=stop_requested()))
         step += 1
-        interval.add(outcome, seconds=time.perf_counter() - started, data_seconds=data_seconds)
-        skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
-        if skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise DivergedError(
-                f"loss or gradients were not finite in {MAX_SKIPPED_STEPS} steps in a row up to step {step}; "
-                f"lower the learning rate ({learning_rate:g}) or max_grad_norm ({training.max_grad_norm:g})"
-            )
+
+        # Look at the step before, whose outcome is there by now: waiting for this one's would leave the device idle.
+        is_logged = step == training.steps or step % training.log_every_steps == 0
+        while len(arriving) > (0 if is_logged or is_stopping else 1):
+            outcome = arriving.popleft().read()
+            interval.add(outcome)
+            is_stopping |= outcome.stop_requested
+            skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
+            if skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise DivergedError(
+                    f"loss or gradients were not finite in {MAX_SKIPPED_STEPS} steps in a row up to step {step}; "
+                    f"lower the learning rate ({learning_rate:g}) or max_grad_norm ({training.max_grad_norm:g})"
+                )
 
         # Log, validate, draw and save, each at its own pace; the last step does all four.
-        is_last = step == training.steps or outcome.stop_requested
+        is_last = step == training.steps or is_stopping
         metrics: dict[str, float] = {}
         pixels: Tensor | None = None
-        folder: Path | None = None
-        if is_last or step % training.log_every_steps == 0:
+        saving: Saving | None = None
+        if is_last or is_logged:
             metrics = interval.metrics(training.global_batch_size)
-            metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": learning_rate}
-            metrics["world_size"] = engine.world_size
-            metrics |= {"replaced_samples": engine.mean(stream.replaced, 1) * engine.world_size}
-            interval = Interval()
+            metrics |= {"learning_rate": learning_rate, "world_size": engine.world_size}
+            rate = metrics["images_per_second"] * stage.flops_per_image / engine.world_size
+            metrics |= {"teraflops_per_second": rate / 1e12, "mfu": rate / peak}
+            metrics["replaced_samples"] = engine.mean(stream.replaced, 1) * engine.world_size
+            interval = Interval(engine.device)
         if is_last or step % training.validate_every_steps == 0:
             metrics["validation_loss"] = validation_loss(stage, engine, validation, training)
         if is_last or step % training.preview_every_steps == 0:
             pixels = preview(stage, engine)
-        if is_last or step % training.checkpoint_every_steps == 0 or save_requested(step):
-            folder = save(engine, step)
-        if metrics or pixels is not None or folder is not None:
-            report(step, metrics, pixels, folder)
-        if outcome.stop_requested:
-            break
+        with interval.time("stall"):
+            if is_last or step % training.checkpoint_every_steps == 0 or save_requested(step):
+                saving = save(engine, step)
+            if metrics or pixels is not None or saving is not None:
+                report(step, metrics, pixels, saving)
 
     return step
 
@@ -160,36 +173,10 @@ def preview(stage: Stage, engine: Engine) -> Tensor:
     return torch.stack([by_picture[i] for i in sorted(by_picture)]) if by_picture else torch.empty(0)
 
 
-def save(engine: Engine, step: int) -> Path | None:
-    """This rank's part of a checkpoint in a folder of its own, or None if it has none."""
+def save(engine: Engine, step: int) -> Saving | None:
+    """This rank's part of a checkpoint, in a folder of its own; None if it has none."""
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    if engine.save(folder, step):
-        return folder
-    folder.rmdir()
-    return None
-
-
-class Interval:
-    """What happened in the steps since the last report; validation, previews and saves do not count as time."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.steps = 0
-        self.seconds = 0.0
-        self.data_seconds = 0.0
-
-    def add(self, outcome: StepOutcome, *, seconds: float, data_seconds: float) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.data_seconds += data_seconds
-        if outcome.applied:
-            self.losses.append(outcome.loss)
-
-    def metrics(self, global_batch_size: int) -> dict[str, float]:
-        """Mean loss of the applied steps (NaN if there is none), throughput, share of time spent waiting for data."""
-        return {
-            "loss": math.fsum(self.losses) / len(self.losses) if self.losses else math.nan,
-            "images_per_second": self.steps * global_batch_size / self.seconds,
-            "data_wait_fraction": self.data_seconds / self.seconds,
-            "skipped_steps": float(self.steps - len(self.losses)),
-        }
+    saving = engine.save(folder, step)
+    if saving is None:
+        folder.rmdir()
+    return saving

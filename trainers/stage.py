@@ -25,3 +25,6 @@ class Stage:
 
     num_previews: int
     """Pictures of a whole preview; ranks share the drawing."""
+
+    flops_per_image: float
+    """Of a forward and a backward pass of the trained model alone; what is computed again to save memory is no more."""

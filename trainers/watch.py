@@ -25,7 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from trainers.launch import Progress, TrainedRun
 
-SHOWN = {"loss": ".4f", "validation_loss": ".4f", "images_per_second": ".1f", "grad_norm": ".2f"}
+SHOWN = {"loss": ".4f", "validation_loss": ".4f", "images_per_second": ".1f", "mfu": ".0%", "grad_norm": ".2f"}
 
 
 class Watch:

@@ -160,7 +160,7 @@ def take_step(engine: Zero3Engine, step: int, poison: Poison | None = None) -> S
             loss = poison(loss, prediction)
         engine.backward(loss, is_last_micro_batch=start == mine[-1])
         total += loss.detach()
-    return engine.step(learning_rate(step), total, stop_requested=step == 3 and engine.rank == 0)
+    return engine.step(learning_rate(step), total, stop_requested=step == 3 and engine.rank == 0).read()
 
 
 def train(
@@ -261,7 +261,7 @@ def compare_with_local_api(out: Path) -> float:
 def validate_and_preview(shards: str) -> tuple[dict[str, float], Tensor]:
     """The loop's validation of splits that ranks share unequally, or get nothing of, and its preview."""
     engine = build(deepspeed_keys=ALL_GATHERED)
-    stage = Stage(engine.model, prepare_drawn, losses_of, partial(drawn_by, num_tokens=IMAGE_TOKENS), num_previews=3)
+    stage = Stage(engine.model, prepare_drawn, losses_of, partial(drawn_by, num_tokens=IMAGE_TOKENS), 3, 1.0)
     losses, singly = {}, TRAINING.model_copy(update={"micro_batch_size": 1})
     for split in ("validation", "test"):
         stream = ShardStream(

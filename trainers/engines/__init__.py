@@ -1,9 +1,10 @@
 """Engines: how a step is taken. The loop knows this interface and nothing of what stands behind it."""
 
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,31 @@ class StepOutcome:
     grad_norm: float  # before clipping
     applied: bool  # False: loss or gradient was not finite, and the weights are as they were
     stop_requested: bool  # some rank was asked to stop
+
+
+class Arriving:
+    """A step's outcome on its way from the device, which finds it while the process prepares what comes next."""
+
+    def __init__(self, loss: Tensor, grad_norm: Tensor, applied: Tensor, stop_votes: Tensor) -> None:
+        values = torch.stack([value.detach().float() for value in (loss, grad_norm, applied, stop_votes)])
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if values.is_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def read(self) -> StepOutcome:
+        """Waits until it is there."""
+        if self._arrival:
+            self._arrival.synchronize()
+        loss, grad_norm, applied, stop_votes = self._values.tolist()
+        return StepOutcome(loss, grad_norm, applied > 0, stop_votes > 0)
+
+
+class Saving(NamedTuple):
+    """A rank's part of a checkpoint, which may still be written while the training goes on."""
+
+    folder: Path
+    written: Future[None]
 
 
 class Engine(Protocol):
@@ -40,8 +66,11 @@ class Engine(Protocol):
         """Accumulate the gradient of `loss` (a scalar); ranks exchange gradients on the last micro-batch."""
         ...
 
-    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> StepOutcome:
-        """Agree over ranks, clip, update weights and their moving average, clear gradients."""
+    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:
+        """Agree over ranks, clip, update weights and their moving average, clear gradients.
+
+        If the loss or the gradient is not finite, the weights stay as they are.
+        """
         ...
 
     def averaged_model(self) -> AbstractContextManager[nn.Module]:
@@ -60,8 +89,8 @@ class Engine(Protocol):
         """Every rank's `value`, in rank order, on rank 0; an empty list elsewhere."""
         ...
 
-    def save(self, folder: Path, step: int) -> bool:
-        """Write this rank's part of a checkpoint; return whether this rank wrote anything."""
+    def save(self, folder: Path, step: int) -> Saving | None:
+        """Begin to write this rank's part of a checkpoint of the state as it is now; None if this rank has none."""
         ...
 
     def load(self, folder: Path) -> int:

@@ -1,6 +1,7 @@
 """The engine for models that fit one device: a replica on each rank, gradients averaged over ranks."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers import checkpoint
 from trainers.ema import EMA
-from trainers.engines import StepOutcome
+from trainers.engines import Arriving, Saving
 from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
 
@@ -23,6 +24,10 @@ class DDPEngine(Ranks):
         super().__init__(device)
         self._training = training
         self._module = model.to(device).train()
+        if training.channels_last:
+            self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # undeclared, documented
+        if training.compile:
+            compile_blocks(self._module)
         self.model: nn.Module = self._module
         if self.world_size > 1:
             self.model = DistributedDataParallel(
@@ -39,6 +44,8 @@ class DDPEngine(Ranks):
             fused=True,
         )
         self._ema = EMA(self._module, training.ema_decay)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16")
@@ -49,21 +56,22 @@ class DDPEngine(Ranks):
         with replicas.no_sync() if replicas and not is_last_micro_batch else nullcontext():
             loss.backward()
 
-    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> StepOutcome:
+    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:
         grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._training.max_grad_norm)
         # One small exchange carries the loss and the wish to stop; gradients are equal on all ranks already.
-        shared = torch.stack([loss.detach().float(), loss.new_tensor(float(stop_requested)).float()])
+        shared = torch.stack([loss.detach().float(), torch.full_like(loss, float(stop_requested)).float()])
         if self.world_size > 1:
             dist.all_reduce(shared)
-        mean_loss, stop_votes = (shared / self.world_size).tolist()
-        applied = bool(torch.isfinite(shared[0]) and torch.isfinite(grad_norm))
-        if applied:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
-            self._ema.update(self._module)
+        mean_loss, stop_votes = shared / self.world_size
+        applied = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
+        # The fused optimizer itself leaves all as it is where `found_inf` is 1: nobody waits for the device to say so.
+        self._optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._ema.update(self._module)  # towards the same weights once more, if they are as they were
         self._optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(mean_loss, float(grad_norm), applied, stop_votes > 0)
+        return Arriving(mean_loss, grad_norm, applied, stop_votes)
 
     @contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:
@@ -76,10 +84,25 @@ class DDPEngine(Ranks):
             self._ema.swap(self._module)
             self._module.train()
 
-    def save(self, folder: Path, step: int) -> bool:
-        if self.rank == 0:  # replicas are equal: one rank writes for all
-            checkpoint.save(folder, step=step, model=self._module, ema=self._ema, optimizer=self._optimizer)
-        return self.rank == 0
+    def save(self, folder: Path, step: int) -> Saving | None:
+        if self.rank != 0:  # replicas are equal: one rank writes for all
+            return None
+        if self._writing:
+            self._writing.result()  # memory has room for one copy of the state
+        state = checkpoint.snapshot(step=step, model=self._module, ema=self._ema, optimizer=self._optimizer)
+        self._writing = self._writer.submit(state.write, folder)
+        return Saving(folder, self._writing)
 
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, model=self._module, ema=self._ema, optimizer=self._optimizer)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile a model's blocks one by one: alike ones share their code, and all of them together take a fraction
+    of the time that the whole would."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                block.compile(dynamic=False)
+        else:
+            compile_blocks(child)

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from cluster.errors import UserError
 from data_shards import derive_seed
 from trainers import sharded_checkpoint
 from trainers.ema import ramped_decay
-from trainers.engines import StepOutcome
+from trainers.engines import Arriving, Saving
 from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.engines.deepspeed_config import NO_KEYS, deepspeed_config
 from trainers.engines.ranks import Ranks
@@ -95,7 +96,7 @@ class Zero3Engine(Ranks):
         self._deepspeed.set_gradient_accumulation_boundary(is_last_micro_batch)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> StepOutcome:
+    def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:
         # One small exchange carries the loss and the wish to stop. note: tolist is a CPU-GPU sync point
         shared = torch.stack([loss.detach().float(), loss.new_tensor(float(stop_requested)).float()])
         dist.all_reduce(shared)
@@ -110,7 +111,8 @@ class Zero3Engine(Ranks):
             self._zero.zero_grad()  # the next backward writes over this step's gradients
         if applied:
             self._update_average()
-        return StepOutcome(mean_loss, grad_norm, applied, stop_votes > 0)
+        outcome = (mean_loss, grad_norm, float(applied), stop_votes)
+        return Arriving(*map(torch.tensor, outcome))  # DeepSpeed has waited for the device already
 
     @contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:
@@ -124,7 +126,7 @@ class Zero3Engine(Ranks):
             self._point_weights_at(present)
             self._module.train()
 
-    def save(self, folder: Path, step: int) -> bool:
+    def save(self, folder: Path, step: int) -> Saving:
         own = {name: parameter.ds_tensor for name, parameter in self._parameters.items()}  # frozen ones have no other
         tensors: dict[Kind, dict[str, Tensor]] = {"weights": own | dict(self._held())}
         if self._average:
@@ -141,7 +143,10 @@ class Zero3Engine(Ranks):
                 for kind, parts in tensors.items()
             },
         )
-        return True
+        # Written before the training goes on: a copy of a rank's part, which may be tens of GB, has no place to be.
+        written: Future[None] = Future()
+        written.set_result(None)
+        return Saving(folder, written)
 
     def load(self, folder: Path) -> int:
         checkpoint = ShardedCheckpoint(folder).check_fits(_shapes(self._parameters))

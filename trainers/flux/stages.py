@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from data_shards import Batch, PromptStore, derive_seed
 from trainers import randomness
+from trainers.flux.footprint import footprint
 from trainers.objectives import RectifiedFlowObjective
 from trainers.pictures import to_pixels
 from trainers.recipe import FluxRecipe
 from trainers.stage import Stage
 from trainers.timesteps import flow_sigmas
+from trainers.transfer import to_device
 
 EMPTY_PROMPT = ""
+NORMAL_DRAWS = ("posterior", "noise")
 
 
 def transformer_stage(
@@ -37,22 +40,26 @@ def transformer_stage(
 
     def prompt_embeddings(captions: list[str]) -> dict[str, Tensor]:
         embeds, pooled = prompts.get(captions)
-        return {"prompt_embeds": embeds.to(device, dtype), "pooled_prompt_embeds": pooled.to(device, dtype)}
+        return {
+            "prompt_embeds": to_device(embeds, device).to(dtype),
+            "pooled_prompt_embeds": to_device(pooled, device).to(dtype),
+        }
 
     def prepare(batch: Batch, is_training: bool) -> dict[str, Tensor | None]:
         captions = batch.captions
         if is_training:
-            dropped = randomness.uniform(batch.seeds, "caption_dropout") < settings.caption_dropout
+            dropped = (randomness.uniform(batch.seeds, "caption_dropout") < settings.caption_dropout).tolist()
             captions = [EMPTY_PROMPT if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        mean, logvar = batch.moments.to(device, torch.float32).chunk(2, dim=1)
+        mean, logvar = to_device(batch.moments, device).chunk(2, dim=1)
         shape = mean.shape[1:]
-        draw = mean + (0.5 * logvar).exp() * randomness.normal(batch.seeds, "posterior", shape).to(device)
+        posterior, noise = (to_device(randomness.normal(batch.seeds, what, shape), device) for what in NORMAL_DRAWS)
+        draw = mean + (0.5 * logvar).exp() * posterior
         sigmas = flow_sigmas(randomness.normal(batch.seeds, "sigma", ()), settings.noise, image_tokens=(side // 2) ** 2)
         return {
             "latents": (draw - vae.config.shift_factor) * vae.config.scaling_factor,
-            "noise": randomness.normal(batch.seeds, "noise", shape).to(device),
-            "sigmas": sigmas.to(device),
-            "guidance": None if guidance is None else torch.full_like(sigmas, guidance).to(device),
+            "noise": noise,
+            "sigmas": to_device(sigmas, device),
+            "guidance": None if guidance is None else torch.full(sigmas.shape, guidance, device=device),
             **prompt_embeddings(captions),
         }
 
@@ -82,10 +89,18 @@ def transformer_stage(
         )
         return to_pixels(drawn.images.float() * 2 - 1)
 
+    counted = footprint(
+        transformer.config,
+        resolution=recipe.data.resolution,
+        max_tokens=recipe.max_tokens,
+        checkpointing="none",
+        lora=settings.lora,
+    )
     return Stage(
         model=transformer,
         prepare=prepare,
         objective=RectifiedFlowObjective(),
         preview=preview,
         num_previews=len(recipe.sampling.prompts),
+        flops_per_image=counted.pass_flops,
     )

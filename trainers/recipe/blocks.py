@@ -71,6 +71,10 @@ class Training(Block):
     """Ceiling of the moving average's decay, which is ramped as (1 + step) / (10 + step)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward passes under autocast; weights, gradients and optimizer states stay fp32."""
+    compile: bool = False
+    """torch.compile the model's blocks, which takes a minute or more at each start: worth it on GPUs, in long runs."""
+    channels_last: bool = False
+    """Keep images and latents with their channels innermost, as convolutions on tensor cores take them."""
     log_every_steps: int = Field(default=50, gt=0)
     validate_every_steps: int = Field(default=500, gt=0)
     validation_samples: int | None = Field(default=None, gt=0)

@@ -55,6 +55,10 @@ class FluxTransformer(Block):
             raise ValueError("engine: ddp without lora trains the weights as they are: give precision: fp32 or zero3")
         if self.engine == "ddp" and self.deepspeed:
             raise ValueError("engine: ddp does not read the keys under deepspeed; remove them, or give engine: zero3")
+        if self.training.compile and self.engine == "zero3":
+            raise ValueError("training.compile needs engine: ddp: ZeRO-3 gathers weights in the midst of a block")
+        if self.training.channels_last:
+            raise ValueError("training.channels_last serves convolutions, of which this transformer has none")
         if self.optimizer_states == "bf16" and (self.engine != "zero3" or self.training.precision != "bf16"):
             raise ValueError("optimizer_states: bf16 needs engine: zero3 and training.precision: bf16")
         return self

@@ -1,0 +1,245 @@
+"""What makes training fast changes nothing of it, and keeps the process from waiting for the device."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.trainers.test_loop import CPU, Reports, run, states, with_training
+from trainers import checkpoint
+from trainers.engines import Saving, StepOutcome
+from trainers.engines.ddp import DDPEngine
+from trainers.families import msdm
+from trainers.flops import pass_flops
+from trainers.hardware import peak_flops
+from trainers.loop import train
+from trainers.recipe import MSDMRecipe
+from trainers.run_folder import RunFolder
+from trainers.timing import Interval
+from trainers.worker import train_rank
+
+__all__ = ["run"]  # a fixture
+
+
+def ignore(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
+    if saving is not None:
+        saving.written.result(60)
+
+
+def test_channels_last_computes_the_same(recipe: MSDMRecipe, run: RunFolder) -> None:
+    weights = []
+    for channels_last in (False, True):
+        reports = Reports()
+        changed = with_training(recipe, "denoiser", channels_last=channels_last)
+        train_rank(changed, "denoiser", run, device=CPU, report=reports, resume_from=None)
+        weights.append(reports.weights)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(recipe: MSDMRecipe, run: RunFolder) -> None:
+    losses = []
+    for is_compiled in (False, True):
+        stage, _ = msdm.build(recipe, "denoiser", run, CPU)
+        engine = DDPEngine(stage.model, with_training(recipe, "denoiser", compile=is_compiled).denoiser.training, CPU)
+        [batch, *_] = next(msdm.open_stream(recipe, "denoiser", "train").batches())
+        prepared = stage.prepare(batch, True)
+        loss = stage.objective(engine.model, **prepared).mean()
+        engine.backward(loss, is_last_micro_batch=True)
+        outcome = engine.step(1e-3, loss, stop_requested=False).read()
+        losses.append([outcome.loss, outcome.grad_norm])
+        compiled = [module for module in engine.model.modules() if module._compiled_call_impl is not None]
+        assert bool(compiled) == is_compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the questions after a tensor's value, each of which would make a process wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_asks_the_device(recipe: MSDMRecipe, run: RunFolder) -> None:
+    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
+    batches = msdm.open_stream(recipe, "denoiser", "train").batches()
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            loss = torch.zeros(())
+            for micro_batch in next(batches):
+                micro_loss = stage.objective(engine.model, **stage.prepare(micro_batch, True)).mean()
+                engine.backward(micro_loss, is_last_micro_batch=True)
+                loss += micro_loss.detach()
+            engine.step(1e-3, loss, stop_requested=False)
+
+    steps(8)  # by now all images and captions are encoded
+    with Waits() as waits:
+        steps(2)
+        assert waits.count == 0
+        assert float(torch.ones(())) == 1
+    assert waits.count == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_never_waited_for(recipe: MSDMRecipe, run: RunFolder) -> None:
+    device = torch.device("cuda")
+    stage, engine = msdm.build(recipe, "denoiser", run, device)
+    batches = msdm.open_stream(recipe, "denoiser", "train").batches()
+
+    def step() -> None:
+        loss = torch.zeros((), device=device)
+        for micro_batch in next(batches):
+            with engine.autocast():
+                micro_loss = stage.objective(engine.model, **stage.prepare(micro_batch, True)).mean()
+            engine.backward(micro_loss, is_last_micro_batch=True)
+            loss += micro_loss.detach()
+        engine.step(1e-3, loss, stop_requested=False)
+
+    for _ in range(8):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written of the state as it was, not as it is by then."""
+    straight, held_up = Reports(), Reports()
+    recipe = with_training(recipe, "denoiser", checkpoint_every_steps=2, steps=3)
+    train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
+    may_write, write = threading.Event(), checkpoint.Snapshot.write
+
+    def write_late(snapshot: checkpoint.Snapshot, folder: Path) -> None:
+        assert may_write.wait(60)
+        write(snapshot, folder)
+
+    monkeypatch.setattr(checkpoint.Snapshot, "write", write_late)
+    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
+    seen: list[int] = []
+
+    def stop_requested() -> bool:
+        seen.append(len(seen) + 1)
+        if len(seen) == 3:
+            may_write.set()
+        return False
+
+    train(
+        training=recipe.denoiser.training,
+        stage=stage,
+        engine=engine,
+        stream=msdm.open_stream(recipe, "denoiser", "train"),
+        validation=msdm.open_stream(recipe, "denoiser", "validation"),
+        seed=recipe.seed,
+        report=held_up,
+        stop_requested=stop_requested,
+    )
+    for step in (2, 3):
+        then, now = states(straight.checkpoints[step]), states(held_up.checkpoints[step])
+        assert all(torch.equal(value, now[name]) for name, value in then.items())
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(
+    recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(snapshot: checkpoint.Snapshot, folder: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint.Snapshot, "write", full)
+    with pytest.raises(OSError, match="no space left"):
+        train_rank(recipe, "denoiser", run, device=CPU, report=lambda *_: None, resume_from=None)
+
+
+# --- figures ---
+
+
+def test_flops_are_those_of_the_products() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16 * 16, 5))
+
+    def objective(model: nn.Module, *, images: Tensor) -> Tensor:
+        losses: Tensor = model(images).square().sum(1)
+        return losses
+
+    convolution, linear = 2 * 3 * 8 * 9 * 16 * 16, 2 * 8 * 16 * 16 * 5
+    # Backwards each layer has two products, for its weights and for its input; the image needs no gradient.
+    expected = 2 * convolution + 3 * linear
+    assert pass_flops(build, objective, images=torch.zeros(1, 3, 16, 16)) == expected
+
+
+def test_the_studys_denoiser_takes_the_published_order_of_flops() -> None:
+    """Of its 306 M weights the convolutions' count once for each of the 4 to 1024 places they are applied at."""
+    from trainers.msdm.unet import build_unet
+    from trainers.objectives import DenoisingObjective
+    from trainers.recipe import Noise, UNetArchitecture
+    from trainers.timesteps import NoiseSchedule
+
+    def build() -> nn.Module:
+        unet: nn.Module = build_unet(UNetArchitecture(), latent_channels=8, latent_side=32, embedding_dim=768)
+        return unet
+
+    latents = torch.zeros(1, 8, 32, 32)
+    counted = pass_flops(
+        build,
+        DenoisingObjective(NoiseSchedule.from_recipe(Noise()).to(torch.device("meta")), "epsilon"),
+        latents=latents,
+        noise=latents,
+        timesteps=torch.zeros(1, dtype=torch.int64),
+        prompt_embeds=torch.zeros(1, 64, 768),
+        prompt_mask=torch.ones(1, 64),
+    )
+    assert 1e11 < counted < 1e12
+
+
+def test_an_interval_tells_what_its_time_went_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainers.timing.time.perf_counter", lambda: now[0])
+    interval = Interval(CPU)
+    for loss, applied in ((2.0, True), (9.0, False)):
+        for activity, seconds in (("data", 1), ("forward", 2), ("backward", 3), ("forward", 2), ("optimizer", 2)):
+            with interval.time(activity):  # type: ignore[arg-type]
+                now[0] += seconds
+        with interval.time("stall"):
+            now[0] += 5
+        interval.add(StepOutcome(loss, 0.5, applied, False))
+    assert interval.metrics(40) == {
+        "loss": 2.0,
+        "grad_norm": 0.5,
+        "images_per_second": 4.0,
+        "data_wait_fraction": 0.1,
+        "skipped_steps": 1.0,
+        "data_seconds": 1.0,
+        "forward_seconds": 4.0,
+        "backward_seconds": 3.0,
+        "optimizer_seconds": 2.0,
+        "stall_seconds": 5.0,
+    }
+
+
+def test_the_rate_is_reported_with_every_log(recipe: MSDMRecipe, run: RunFolder) -> None:
+    reports = Reports()
+    train_rank(recipe, "denoiser", run, device=CPU, report=reports, resume_from=None)
+    stage, _ = msdm.build(recipe, "denoiser", run, CPU)
+    for step, metrics in reports.metrics.items():
+        if "loss" in metrics:
+            rate = metrics["images_per_second"] * stage.flops_per_image
+            assert metrics["teraflops_per_second"] == pytest.approx(rate / 1e12), step
+            assert 0 < metrics["mfu"] < 1.5
+
+
+def test_a_cpus_peak_is_measured() -> None:
+    assert 1e9 < peak_flops(CPU, torch.float32) < 1e14
