@@ -53,6 +53,7 @@ from trainers.timesteps import NoiseSchedule
 from trainers.worker import train_rank
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 EXPERIMENT = "msdm-step"
 ABOUT_ONCE = 10**6
 TINY = (
@@ -422,7 +423,7 @@ def main() -> None:
         "turns": turns,
     }
     kind = "gpu" if options.device == "cuda" else "cpu"
-    out = options.out or ROOT / f"benchmarks/results/{date.today()}-msdm-step-{kind}.json"
+    out = options.out or RESULTS / f"{date.today()}-msdm-step-{kind}.json"
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document["median"], indent=1))
     print(f"written: {out}")

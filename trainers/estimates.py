@@ -155,17 +155,17 @@ def seconds_per_step(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
     flops = training.micro_batch_size * counted.pass_flops
     computing = flops / (gpu.matmul_flops * ACHIEVED_SHARE)
     bus = gpu.bus if num_gpus <= gpu.gpus_per_host else gpu.network
-    moving = _bytes_sent(recipe, counted) / bus
+    moving = bytes_sent(recipe, counted) / bus
     if recipe.transformer.engine == "ddp":  # gradients are exchanged once a step
-        return passes * computing + moving + _update_seconds(recipe, counted, gpu)
+        return passes * computing + moving + update_seconds(recipe, counted, gpu)
     if is_offloaded(recipe, "offload_optimizer"):
         moving += _state_bytes(recipe) * counted.parameters / num_gpus / gpu.host_bus
     if is_offloaded(recipe, "offload_param"):
         moving += 2 * _low_bytes(recipe) * counted.parameters / num_gpus / gpu.host_bus
-    return passes * (computing + moving) + _update_seconds(recipe, counted, gpu)
+    return passes * (computing + moving) + update_seconds(recipe, counted, gpu)
 
 
-def _bytes_sent(recipe: FluxRecipe, counted: Footprint) -> float:
+def bytes_sent(recipe: FluxRecipe, counted: Footprint) -> float:
     """By one GPU: under ZeRO-3 in a pass, two gathers of the weights and one reduction of the gradients (Sec. 7.2.2);
     under DDP in a step, a ring's two rounds over the gradients."""
     num_gpus, low = recipe.cluster.min_workers, _low_bytes(recipe)
@@ -175,7 +175,7 @@ def _bytes_sent(recipe: FluxRecipe, counted: Footprint) -> float:
     return 2 * (4 if recipe.transformer.lora else low) * counted.trainable * others
 
 
-def _update_seconds(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
+def update_seconds(recipe: FluxRecipe, counted: Footprint, gpu: Gpu) -> float:
     """AdamW reads and writes all states once, at the speed of the memory they are in."""
     settings, num_gpus = recipe.transformer, recipe.cluster.min_workers
     low, high = _low_bytes(recipe), _state_bytes(recipe)
