@@ -124,7 +124,7 @@ def predict_msdm(recipe: MSDMRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
 
 
 PUBLISHED = {8: 1100, 16: 2180, 32: 4080, 64: 8530, 128: 11600}
-"""Images a second by number of A100s: MosaicML's Stable Diffusion 2, 256 x 256, a global batch of 2,048 in micro-batches
+"""Images a second by number of A100s: MosaicML's Stable Diffusion 2, 256 x 256, a global batch of 2,048, micro-batches
 of 32 or fewer, precomputed latents (README of mosaicml/diffusion)."""
 
 
@@ -262,7 +262,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
         with TemporaryDirectory() as folder:
             out = f"{folder}/found.json"
             arguments = (world_size, f"file://{folder}/rendezvous", options.batch, options.steps, out)
-            mp.spawn(rank, arguments, nprocs=world_size)  # type: ignore[no-untyped-call]
+            mp.spawn(rank, arguments, nprocs=world_size)  # type: ignore[attr-defined]
             found = json.loads(Path(out).read_text())
         alone = rows[0]["seconds"] if rows else found["seconds"]
         crowded = max(1.0, world_size / cores)  # processes on one core take turns

@@ -33,7 +33,7 @@ class Gpu:
 
 # Share of the data sheet's dense bf16 FLOP/s that a large matrix product reaches: 790 of 989 TFLOP/s measured on one
 # H200; taken for the others too, which were not measured.
-MATMUL_SHARE = 0.80
+MATMUL_SHARE = 790 / 989
 
 GPUS = {
     gpu.name: gpu
