@@ -5,10 +5,11 @@ import json
 import logging
 import math
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+
+from isal.isal_zlib import crc32
 
 from cluster import counters, storage
 from cluster.documents import parsing
@@ -71,11 +72,11 @@ class ShardReader:
             if self._cache:
                 self._cache.forget(shard, begin, length)
             data = storage.read_bytes(uri, begin, length)
-        if (bad := _damaged(data, entries)) is not None:
-            raise UserError(
-                f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the manifest "
-                f"says {shard.sha256}; write the shards again, or fetch them again"
-            )
+            if bad := _damaged(data, entries):
+                raise UserError(
+                    f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the "
+                    f"manifest says {shard.sha256}; write the shards again, or fetch them again"
+                )
         return data
 
 
@@ -83,7 +84,7 @@ def _damaged(data: bytes, entries: Sequence[SampleEntry]) -> SampleEntry | None:
     """The first sample whose bytes are not those of the index."""
     view, begin = memoryview(data), entries[0].offset
     for entry in entries:
-        if zlib.crc32(view[entry.offset - begin : entry.offset - begin + entry.length]) != entry.crc32:
+        if crc32(view[entry.offset - begin : entry.offset - begin + entry.length]) != entry.crc32:
             return entry
     return None
 
