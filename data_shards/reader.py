@@ -1,15 +1,15 @@
 """Samples out of shards: by ranged reads, checked against the manifest, and from tar members to fields."""
 
 import io
-import json
 import logging
-import math
+import struct
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from isal.isal_zlib import crc32
+from pydantic_core import from_json
 
 from cluster import counters, storage
 from cluster.documents import parsing
@@ -22,6 +22,7 @@ from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
+HEADER = struct.Struct("100s 24x 11s 21x c 100x 5s 83x B 166x")  # name, size, kind, magic, prefix's first byte
 COPIED = 2**15  # bytes, up to which a copy costs less than keeping track of a part
 INDEXES_KEPT = 16
 
@@ -113,7 +114,7 @@ def encoded_image(sample: Encoded) -> bytes:
 
 def _encoded(index: int, key: str, members: Mapping[str, bytes | memoryview]) -> Encoded:
     """Raises ValueError, KeyError or TypeError if it has no captions."""
-    captions = json.loads(bytes(members[ABOUT_MEMBER]))["captions"]
+    captions = from_json(bytes(members[ABOUT_MEMBER]))["captions"]
     if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"sample '{key}' has no captions")
     return Encoded(index, key, members, captions)
@@ -148,17 +149,19 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes | memoryview]] | None:
     files: list[tuple[str, bytes | memoryview]] = []
     at, view = 0, memoryview(data)
     while at < len(data):
-        header = data[at : at + BLOCK]
-        name = header[:100].rstrip(b"\0")
-        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
-        if not (is_plain and name.isascii() and len(name) < 100 and header[124:135].isdigit()):
+        if at + BLOCK > len(data):
+            return None
+        padded, size, kind, magic, prefix = HEADER.unpack_from(data, at)
+        name = padded.rstrip(b"\0")
+        is_plain = kind == b"0" and magic == b"ustar" and not prefix
+        if not (is_plain and name.isascii() and len(name) < 100 and size.isdigit()):
             return None
         start = at + BLOCK
-        end = start + int(header[124:135], 8)
+        end = start + int(size, 8)
         if end > len(data):
             return None
         files.append((name.decode(), view[start:end] if end - start > COPIED else data[start:end]))
-        at = start + math.ceil((end - start) / BLOCK) * BLOCK
+        at = start + -(-(end - start) // BLOCK) * BLOCK
     return files
 
 
