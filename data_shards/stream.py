@@ -240,7 +240,7 @@ class ShardStream:
     def _batch(self, step: _Step, part: slice = slice(None)) -> Batch:
         samples, seeds = step.samples[part], step.seeds[part]
         return Batch(
-            inputs=torch.from_numpy(step.inputs)[part],
+            inputs=torch.from_numpy(step.inputs[part]),
             captions=[_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)],
             keys=[sample.key for sample in samples],
             flipped=step.flipped[part],
