@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from cluster import counters, storage
 from cluster.errors import UserError
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 2**23
 KEPT = 0.9  # share of the limit to which each look brings down what is there
 LOOKED_AFTER = 0.01  # share of the limit that a process writes between two looks at what is there
+TURNS = 64  # far more than threads that read, so that few wait for another block than theirs
 HALF_WRITTEN = "half-"
 
 
@@ -35,6 +37,7 @@ class BlockCache:
         self._max_bytes = max_bytes
         self._block_bytes = block_bytes
         self._written = 0  # since the last look
+        self._turns = [Lock() for _ in range(TURNS)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._give_up_oldest()  # the limit may have been higher
@@ -42,7 +45,12 @@ class BlockCache:
             raise UserError(f"the cache {folder} cannot be made: {error.strerror}; name another folder") from None
 
     def read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together."""
+        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together, and by
+        one thread of those that begin in the same block."""
+        with self._turns[hash((shard.sha256, start // self._block_bytes)) % len(self._turns)]:
+            return self._read(uri, shard, start, length)
+
+    def _read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
         size, stop = self._block_bytes, start + length
         parts = {
             number: slice(max(start - number * size, 0), min(stop - number * size, size))
