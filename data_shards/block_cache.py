@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from cluster import counters, storage
 from cluster.errors import UserError
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 2**23
 KEPT = 0.9  # share of the limit to which each look brings down what is there
 LOOKED_AFTER = 0.01  # share of the limit that a process writes between two looks at what is there
+TURNS = 64  # far more than threads that read, so that few wait for another block than theirs
 HALF_WRITTEN = "half-"
 
 
@@ -35,6 +37,7 @@ class BlockCache:
         self._max_bytes = max_bytes
         self._block_bytes = block_bytes
         self._written = 0  # since the last look
+        self._turns = [Lock() for _ in range(TURNS)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._give_up_oldest()  # the limit may have been higher
@@ -42,20 +45,28 @@ class BlockCache:
             raise UserError(f"the cache {folder} cannot be made: {error.strerror}; name another folder") from None
 
     def read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together."""
-        size = self._block_bytes
-        numbers = range(start // size, (start + length - 1) // size + 1)
-        blocks = {number: self._kept(shard, number) for number in numbers}
-        missing = [number for number, block in blocks.items() if block is None]
-        counters.count("cache_hits", len(blocks) - len(missing))
+        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together, and by
+        one thread of those that begin in the same block."""
+        with self._turns[hash((shard.sha256, start // self._block_bytes)) % len(self._turns)]:
+            return self._read(uri, shard, start, length)
+
+    def _read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
+        size, stop = self._block_bytes, start + length
+        parts = {
+            number: slice(max(start - number * size, 0), min(stop - number * size, size))
+            for number in range(start // size, (stop - 1) // size + 1)
+        }
+        found = {number: self._kept(shard, number, part) for number, part in parts.items()}
+        missing = [number for number, data in found.items() if data is None]
+        counters.count("cache_hits", len(found) - len(missing))
         counters.count("cache_misses", len(missing))
         for begin, end in _runs(missing):
             data = storage.read_bytes(uri, begin * size, min(end * size, shard.num_bytes) - begin * size)
             for number in range(begin, end):
-                blocks[number] = data[(number - begin) * size : (number - begin + 1) * size]
-                self._keep(shard, number, blocks[number] or b"")
-        skipped = start - numbers.start * size
-        return b"".join(block or b"" for block in blocks.values())[skipped : skipped + length]
+                block = data[(number - begin) * size : (number - begin + 1) * size]
+                self._keep(shard, number, block)
+                found[number] = block[parts[number]]
+        return b"".join(data or b"" for data in found.values())
 
     def forget(self, shard: ShardEntry, start: int, length: int) -> None:
         """Give up the blocks under these bytes of a shard, which turned out not to be its own."""
@@ -65,16 +76,19 @@ class BlockCache:
     def _path(self, shard: ShardEntry, number: int) -> Path:
         return self._folder / f"{shard.sha256}-{number:06d}"
 
-    def _kept(self, shard: ShardEntry, number: int) -> bytes | None:
-        path = self._path(shard, number)
+    def _kept(self, shard: ShardEntry, number: int, part: slice) -> bytes | None:
+        """Part of a block, if all of it is here."""
         try:
-            block = path.read_bytes()
-            os.utime(path)  # it is the last used now
+            with self._path(shard, number).open("rb") as file:
+                os.utime(file.fileno())  # it is the last used now
+                # After a power failure a file may have its name before its bytes.
+                expected = min(self._block_bytes, shard.num_bytes - number * self._block_bytes)
+                if os.fstat(file.fileno()).st_size != expected:
+                    return None
+                file.seek(part.start)
+                return file.read(part.stop - part.start)
         except FileNotFoundError:  # never fetched, or given up by another process this very moment
             return None
-        # After a power failure a file may have its name before its bytes.
-        expected = min(self._block_bytes, shard.num_bytes - number * self._block_bytes)
-        return block if len(block) == expected else None
 
     def _keep(self, shard: ShardEntry, number: int, block: bytes) -> None:
         """A cache that cannot be written, as on a full disk, is a slow one, no fault of the training."""

@@ -92,7 +92,8 @@ def decode_into(out: NDArray[np.float32], data: bytes, *, mirrored: bool = False
     pixels = _square(data, out.shape[-1])
     if mirrored:
         pixels = pixels[:, ::-1]
-    np.divide(pixels.transpose(2, 0, 1), np.float32(127.5), out=out, casting="unsafe")
+    out[...] = pixels.transpose(2, 0, 1)  # and only then computed with: both at once take a quarter longer
+    out /= np.float32(127.5)
     out -= 1
 
 

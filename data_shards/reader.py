@@ -1,14 +1,15 @@
 """Samples out of shards: by ranged reads, checked against the manifest, and from tar members to fields."""
 
 import io
-import json
 import logging
-import math
+import struct
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+
+from isal.isal_zlib import crc32
+from pydantic_core import from_json
 
 from cluster import counters, storage
 from cluster.documents import parsing
@@ -21,6 +22,7 @@ from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
+HEADER = struct.Struct("100s 24x 11s 21x c 100x 5s 83x B 166x")  # name, size, kind, magic, prefix's first byte
 COPIED = 2**15  # bytes, up to which a copy costs less than keeping track of a part
 INDEXES_KEPT = 16
 
@@ -71,11 +73,11 @@ class ShardReader:
             if self._cache:
                 self._cache.forget(shard, begin, length)
             data = storage.read_bytes(uri, begin, length)
-        if (bad := _damaged(data, entries)) is not None:
-            raise UserError(
-                f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the manifest "
-                f"says {shard.sha256}; write the shards again, or fetch them again"
-            )
+            if bad := _damaged(data, entries):
+                raise UserError(
+                    f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the "
+                    f"manifest says {shard.sha256}; write the shards again, or fetch them again"
+                )
         return data
 
 
@@ -83,7 +85,7 @@ def _damaged(data: bytes, entries: Sequence[SampleEntry]) -> SampleEntry | None:
     """The first sample whose bytes are not those of the index."""
     view, begin = memoryview(data), entries[0].offset
     for entry in entries:
-        if zlib.crc32(view[entry.offset - begin : entry.offset - begin + entry.length]) != entry.crc32:
+        if crc32(view[entry.offset - begin : entry.offset - begin + entry.length]) != entry.crc32:
             return entry
     return None
 
@@ -112,7 +114,7 @@ def encoded_image(sample: Encoded) -> bytes:
 
 def _encoded(index: int, key: str, members: Mapping[str, bytes | memoryview]) -> Encoded:
     """Raises ValueError, KeyError or TypeError if it has no captions."""
-    captions = json.loads(bytes(members[ABOUT_MEMBER]))["captions"]
+    captions = from_json(bytes(members[ABOUT_MEMBER]))["captions"]
     if not captions or not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"sample '{key}' has no captions")
     return Encoded(index, key, members, captions)
@@ -147,17 +149,19 @@ def _plain_files(data: bytes) -> list[tuple[str, bytes | memoryview]] | None:
     files: list[tuple[str, bytes | memoryview]] = []
     at, view = 0, memoryview(data)
     while at < len(data):
-        header = data[at : at + BLOCK]
-        name = header[:100].rstrip(b"\0")
-        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and not header[345]
-        if not (is_plain and name.isascii() and len(name) < 100 and header[124:135].isdigit()):
+        if at + BLOCK > len(data):
+            return None
+        padded, size, kind, magic, prefix = HEADER.unpack_from(data, at)
+        name = padded.rstrip(b"\0")
+        is_plain = kind == b"0" and magic == b"ustar" and not prefix
+        if not (is_plain and name.isascii() and len(name) < 100 and size.isdigit()):
             return None
         start = at + BLOCK
-        end = start + int(header[124:135], 8)
+        end = start + int(size, 8)
         if end > len(data):
             return None
         files.append((name.decode(), view[start:end] if end - start > COPIED else data[start:end]))
-        at = start + math.ceil((end - start) / BLOCK) * BLOCK
+        at = start + -(-(end - start) // BLOCK) * BLOCK
     return files
 
 

@@ -175,7 +175,7 @@ class ShardStream:
                 yield [replace(batches[number], weight=weight) for number, weight in dealt]
 
     def _begin(self, places: Sequence[Place], windows: "_Windows") -> _Step:
-        samples = [windows.sample_at(place) for place in places]
+        samples = windows.samples_at(places)
         epochs = [place.window.epoch for place in places]
         seeds = [derive_seed(self._seed, epoch, s.index) for epoch, s in zip(epochs, samples, strict=True)]
         flipped = [self._horizontal_flip and derive_seed(seed, "flip") % 2 == 1 for seed in seeds]
@@ -240,7 +240,7 @@ class ShardStream:
     def _batch(self, step: _Step, part: slice = slice(None)) -> Batch:
         samples, seeds = step.samples[part], step.seeds[part]
         return Batch(
-            inputs=torch.from_numpy(step.inputs)[part],
+            inputs=torch.from_numpy(step.inputs[part]),
             captions=[_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)],
             keys=[sample.key for sample in samples],
             flipped=step.flipped[part],
@@ -293,8 +293,13 @@ class _Windows:
         self._open: dict[WindowKey, list[Encoded]] = {}
         self._fetching: dict[WindowKey, Future[list[Encoded]]] = {}
 
-    def sample_at(self, place: Place) -> Encoded:
-        key, k = place
+    def samples_at(self, places: Sequence[Place]) -> list[Encoded]:
+        for key, _ in places:  # all are on their way before the first is waited for, and before those that follow
+            if key not in self._open:
+                self._fetch(key)
+        return [self._sample_at(key, k) for key, k in places]
+
+    def _sample_at(self, key: WindowKey, k: int) -> Encoded:
         samples = self._open.get(key)
         if samples is None:
             samples = self._open[key] = self._opened(key)
@@ -306,7 +311,6 @@ class _Windows:
         # What other ranks used up of a window at the seam of two epochs never comes to its end here.
         for old in [other for other in self._open if other.epoch < key.epoch - 1]:
             del self._open[old]
-        self._fetch(key)
         samples = self._fetching.pop(key).result()
         following = key._replace(number=key.number + 1)
         if key.lane >= 0 and following.number < self._stream.plan.epoch(key.epoch).windows_per_lane:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def test_blocks_are_fetched_once_and_neighbours_together(
     cache.read(uri, shard, 0, 10_500)
     assert reads == [(2000, 1000), (0, 2000), (3000, 7000), (10_000, 500)]
     assert counters.counted() - before == {"cache_misses": 1 + 9 + 1, "cache_hits": 1 + 10}
+
+
+def test_threads_that_ask_for_a_block_fetch_it_once(
+    tmp_path: Path, shard: ShardEntry, reads: list[tuple[int, int | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, uri, read_bytes = cache_in(tmp_path), str(tmp_path / shard.name), storage.read_bytes
+
+    def slow(uri: str, start: int = 0, length: int | None = None) -> bytes:
+        time.sleep(0.2)
+        return read_bytes(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_bytes", slow)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda start: cache.read(uri, shard, start, 100), range(3000, 3900, 100)))
+    assert b"".join(found) == Path(uri).read_bytes()[3000:3900]
+    assert reads == [(3000, 1000)]
 
 
 def test_the_blocks_used_last_stay(tmp_path: Path, shard: ShardEntry, reads: list[tuple[int, int | None]]) -> None:

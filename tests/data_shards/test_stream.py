@@ -5,6 +5,7 @@ import io
 import itertools
 import random
 import tarfile
+import threading
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from data_shards.manifest import ShardIndex, read_index
 from data_shards.plan import window_size
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
-from data_shards.stream import _Memory
+from data_shards.stream import FETCH_THREADS, _Memory
 from data_shards.writer import write_tar
 from tests.conftest import write_small_shards
 from tests.fault_proxy import Fault, fault_proxy
@@ -170,6 +171,18 @@ def test_resuming_reads_what_it_needs(tmp_path: Path, reads: dict[str, list[tupl
         shard.num_bytes for shard in Manifest.load(shards).shards
     )
     assert sum(map(len, reads.values())) <= 2 * GLOBAL + 4
+
+
+def test_the_windows_that_a_step_lacks_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_bytes, number, together = storage.read_bytes, itertools.count(), threading.Barrier(FETCH_THREADS, timeout=30)
+
+    def waits_for_others(uri: str, start: int = 0, length: int | None = None) -> bytes:
+        if uri.endswith(".tar") and next(number) < FETCH_THREADS:
+            together.wait()
+        return read_bytes(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_bytes", waits_for_others)
+    global_batches(tiny_shards(tmp_path, [200]), 1, 1, num_workers=0)
 
 
 def test_local_and_s3_shards_stream_the_same(shards: str, s3_shards: str) -> None:
