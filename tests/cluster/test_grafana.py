@@ -26,7 +26,7 @@ def dashboard() -> dict[str, Any]:
 @pytest.fixture
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = dashboard["panels"]
-    assert len(found) == 11
+    assert len(found) == 14
     return found
 
 
