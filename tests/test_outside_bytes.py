@@ -221,7 +221,7 @@ def trained() -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
 
 def saved(folder: Path) -> None:
     model, ema, optimizer = trained()
-    checkpoint.snapshot(step=1, model=model, ema=ema, optimizer=optimizer).write(folder)
+    checkpoint.write(folder, checkpoint.state_of(step=1, model=model, ema=ema, optimizer=optimizer))
 
 
 def file_of_checkpoint(name: str) -> Callable[[], list[bytes]]:
@@ -245,7 +245,7 @@ def rank_file() -> bytes:
     with TemporaryDirectory() as folder:
         state = State(step=1, optimizer_steps=1, ema_updates=1, shapes={"w": (2, 3)})
         tensors = {"weights": {"w": torch.ones(6)}, "ema": {"w": torch.ones(6)}}
-        sharded_checkpoint.save(Path(folder), rank=0, world_size=1, state=state, tensors=tensors)  # type: ignore[arg-type]
+        sharded_checkpoint.save(Path(folder), tensors, rank=0, world_size=1, state=state)  # type: ignore[arg-type]
         return next(Path(folder).iterdir()).read_bytes()
 
 
@@ -560,7 +560,7 @@ def test_a_header_of_absurd_length(tmp_path: Path) -> None:
 
 def test_a_rank_whose_tensors_are_of_other_sizes_than_it_says(tmp_path: Path) -> None:
     state = State(step=1, optimizer_steps=1, ema_updates=1, shapes={"w": (2, 2**40)})
-    sharded_checkpoint.save(tmp_path, rank=0, world_size=1, state=state, tensors={"weights": {"w": torch.ones(6)}})
+    sharded_checkpoint.save(tmp_path, {"weights": {"w": torch.ones(6)}}, rank=0, world_size=1, state=state)
     with pytest.raises(UserError, match="rank 0 does not hold elements 0 to 2199023255552 of weights/w"):
         ShardedCheckpoint(tmp_path)
 

@@ -10,14 +10,12 @@ every random draw and the learning rate.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
@@ -27,51 +25,24 @@ from trainers.sharded_checkpoint import mismatches
 from trainers.tensor_files import load_pickled, load_tensors
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A state as it was, in host memory, to be written while the training goes on."""
-
-    state: Mapping[str, int]
-    weights: Mapping[str, Tensor]
-    average: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-    copied: torch.cuda.Event | None
-
-    def write(self, folder: Path) -> None:
-        """Write the checkpoint into `folder`."""
-        if self.copied:
-            self.copied.synchronize()
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(dict(self.weights), folder / "model.safetensors")
-        safetensors.torch.save_file(dict(self.average), folder / "ema.safetensors")
-        torch.save(self.optimizer, folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps(self.state) + "\n")
+def state_of(*, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint of `step` finished steps holds: the tensors themselves, which go on changing."""
+    return {
+        "model": trained_state(model),
+        "ema": dict(ema.average),
+        "optimizer": optimizer.state_dict(),
+        "state": {"step": step, "ema_updates": ema.num_updates},
+    }
 
 
-def snapshot(*, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """The state after `step` finished steps."""
-    weights = trained_state(model)
-    copied = torch.cuda.Event() if next(iter(weights.values())).is_cuda else None
-    found = Snapshot(
-        {"step": step, "ema_updates": ema.num_updates},
-        _on_host(weights),
-        _on_host(ema.average),
-        tree_map_only(Tensor, _copy_on_host, optimizer.state_dict()),
-        copied,
-    )
-    if copied:
-        copied.record()
-    return found
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _copy_on_host(value) for name, value in tensors.items()}
-
-
-def _copy_on_host(tensor: Tensor) -> Tensor:
-    """A copy whose memory no step writes to, contiguous; one from a GPU is there when the GPU has come to it."""
-    pinned = tensor.is_cuda
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor.detach(), non_blocking=pinned)
+def write(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint, as `state_of` gives it, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "ema"):
+        tensors = {weight: value.contiguous() for weight, value in state[name].items()}
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    torch.save(state["optimizer"], folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(state["state"]) + "\n")
 
 
 @torch.no_grad()

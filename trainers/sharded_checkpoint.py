@@ -49,7 +49,7 @@ def stretch(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def save(
-    folder: Path, *, rank: int, world_size: int, state: State, tensors: Mapping[Kind, Mapping[str, Tensor]]
+    folder: Path, tensors: Mapping[Kind, Mapping[str, Tensor]], *, rank: int, world_size: int, state: State
 ) -> None:
     """Write this rank's file; `tensors` hold its stretches by kind and weight, on any device."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def parts(width: int = 3) -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
 
 def test_all_states_come_back(tmp_path: Path) -> None:
     model, ema, optimizer = parts()
-    checkpoint.snapshot(step=3, model=model, ema=ema, optimizer=optimizer).write(tmp_path / "c")
+    checkpoint.write(tmp_path / "c", checkpoint.state_of(step=3, model=model, ema=ema, optimizer=optimizer))
     other, other_ema, other_optimizer = parts()
     assert checkpoint.load(tmp_path / "c", model=other, ema=other_ema, optimizer=other_optimizer) == 3
     assert torch.equal(other.state_dict()["weight"], model.state_dict()["weight"])
@@ -34,7 +34,7 @@ def test_all_states_come_back(tmp_path: Path) -> None:
 
 def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     model, ema, optimizer = parts()
-    checkpoint.snapshot(step=3, model=model, ema=ema, optimizer=optimizer).write(tmp_path)
+    checkpoint.write(tmp_path, checkpoint.state_of(step=3, model=model, ema=ema, optimizer=optimizer))
     (tmp_path / "state.json").unlink()
     with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoint.load(tmp_path, model=model, ema=ema, optimizer=optimizer)
@@ -42,7 +42,7 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     model, ema, optimizer = parts(width=3)
-    checkpoint.snapshot(step=3, model=model, ema=ema, optimizer=optimizer).write(tmp_path)
+    checkpoint.write(tmp_path, checkpoint.state_of(step=3, model=model, ema=ema, optimizer=optimizer))
     other, other_ema, other_optimizer = parts(width=4)
     with pytest.raises(UserError, match="belongs to another model"):
         checkpoint.load(tmp_path, model=other, ema=other_ema, optimizer=other_optimizer)
@@ -55,7 +55,7 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     model, ema, optimizer = parts()
-    checkpoint.snapshot(step=3, model=model, ema=ema, optimizer=optimizer).write(tmp_path)
+    checkpoint.write(tmp_path, checkpoint.state_of(step=3, model=model, ema=ema, optimizer=optimizer))
     torch.save({"state": Evil()}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match=r"optimizer.pt is damaged, or of another kind: it holds more than tensors"):
         checkpoint.load(tmp_path, model=model, ema=ema, optimizer=optimizer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainers.test_loop import CPU, Reports, run, states, with_training
-from trainers import checkpoint
+from trainers import checkpoint, saving
 from trainers.engines import Saving, StepOutcome
 from trainers.engines.ddp import DDPEngine
 from trainers.families import msdm
@@ -19,6 +19,7 @@ from trainers.hardware import peak_flops
 from trainers.loop import train
 from trainers.recipe import MSDMRecipe
 from trainers.run_folder import RunFolder
+from trainers.saving import CheckpointWriter
 from trainers.timing import Interval
 from trainers.worker import train_rank
 
@@ -122,13 +123,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     straight, held_up = Reports(), Reports()
     recipe = with_training(recipe, "denoiser", checkpoint_every_steps=2, steps=3)
     train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
-    may_write, write = threading.Event(), checkpoint.Snapshot.write
+    may_write, write = threading.Event(), checkpoint.write
 
-    def write_late(snapshot: checkpoint.Snapshot, folder: Path) -> None:
+    def write_late(folder: Path, state: Any) -> None:
         assert may_write.wait(60)
-        write(snapshot, folder)
+        write(folder, state)
 
-    monkeypatch.setattr(checkpoint.Snapshot, "write", write_late)
+    monkeypatch.setattr(checkpoint, "write", write_late)
     stage, engine = msdm.build(recipe, "denoiser", run, CPU)
     seen: list[int] = []
 
@@ -156,12 +157,36 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_checkpoint_that_cannot_be_written_ends_the_training(
     recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(snapshot: checkpoint.Snapshot, folder: Path) -> None:
+    def full(folder: Path, state: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint.Snapshot, "write", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(OSError, match="no space left"):
         train_rank(recipe, "denoiser", run, device=CPU, report=lambda *_: None, resume_from=None)
+
+
+def test_without_room_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[str] = []
+
+    def write(folder: Path, state: Any) -> None:
+        writers.append(threading.current_thread().name)
+
+    state = {"weights": {"w": torch.zeros(1000)}}
+    CheckpointWriter().save(tmp_path, state, write).written.result(60)
+    monkeypatch.setattr(saving, "available_memory", lambda: 4500.0)  # room for one copy and not for a quarter more
+    assert CheckpointWriter().save(tmp_path, state, write).written.done()
+    here = threading.current_thread().name
+    assert [name == here for name in writers] == [False, True]
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "CGROUP", tmp_path)
+    assert saving.available_memory() > 2**20
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert saving.available_memory() == 2e6
+    (tmp_path / "memory.max").write_text("max\n")
+    assert saving.available_memory() > 2**22
 
 
 # --- figures ---

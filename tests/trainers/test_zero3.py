@@ -173,7 +173,7 @@ def train(
     for step in steps:
         outcomes.append(take_step(engine, step))
         if step + 1 in save_at or step + 1 == steps.stop:
-            assert engine.save(out / str(step + 1), step + 1)
+            engine.save(out / str(step + 1), step + 1).written.result(60).written.result(60)
     return outcomes
 
 
@@ -197,11 +197,11 @@ def train_through_poisons(out: Path) -> list[StepOutcome]:
     engine = build()
     for step in (0, 1):
         take_step(engine, step)
-    engine.save(out / "before", 2)
+    engine.save(out / "before", 2).written.result(60)
     outcomes = [take_step(engine, 2 + number, poison) for number, poison in enumerate(POISONS)]
-    engine.save(out / "poisoned", 2)
+    engine.save(out / "poisoned", 2).written.result(60)
     outcomes.append(take_step(engine, 5))
-    engine.save(out / "after", 6)
+    engine.save(out / "after", 6).written.result(60)
     return outcomes
 
 
@@ -210,7 +210,7 @@ def look_at_average(out: Path, **settings: Any) -> dict[str, Any]:
     engine = build(**settings)
     for step in range(3):
         take_step(engine, step)
-    engine.save(out, 3)
+    engine.save(out, 3).written.result(60)
     batch, _ = inputs(9, slice(0, 2), torch.float32)
     seen: dict[str, Any] = {"present": gathered(engine)}
     with torch.no_grad():
@@ -242,7 +242,7 @@ def compare_with_local_api(out: Path) -> float:
     """The sum of differences between the saved stretches and DeepSpeed's own documented view of them."""
     engine = build()
     take_step(engine, 0)
-    engine.save(out, 1)
+    engine.save(out, 1).written.result(60)
     dist.barrier()
     checkpoint, difference = ShardedCheckpoint(out), 0.0
     for name, parameter in named_parameters(engine).items():

@@ -1,7 +1,6 @@
 """The engine for models that fit one device: a replica on each rank, gradients averaged over ranks."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from trainers.ema import EMA
 from trainers.engines import Arriving, Saving
 from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
+from trainers.saving import CheckpointWriter
 
 
 class DDPEngine(Ranks):
@@ -44,8 +44,7 @@ class DDPEngine(Ranks):
             fused=True,
         )
         self._ema = EMA(self._module, training.ema_decay)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writer = CheckpointWriter()
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16")
@@ -87,11 +86,8 @@ class DDPEngine(Ranks):
     def save(self, folder: Path, step: int) -> Saving | None:
         if self.rank != 0:  # replicas are equal: one rank writes for all
             return None
-        if self._writing:
-            self._writing.result()  # memory has room for one copy of the state
-        state = checkpoint.snapshot(step=step, model=self._module, ema=self._ema, optimizer=self._optimizer)
-        self._writing = self._writer.submit(state.write, folder)
-        return Saving(folder, self._writing)
+        state = checkpoint.state_of(step=step, model=self._module, ema=self._ema, optimizer=self._optimizer)
+        return self._writer.save(folder, state, checkpoint.write)
 
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, model=self._module, ema=self._ema, optimizer=self._optimizer)

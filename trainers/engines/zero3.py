@@ -12,8 +12,8 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.engines.deepspeed_config import NO_KEYS, deepspeed_config
 from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
+from trainers.saving import CheckpointWriter
 from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, mismatches, stretch
 
 # isort: split
@@ -86,6 +87,7 @@ class Zero3Engine(Ranks):
         )
         self.model: nn.Module = self._deepspeed
         self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._writer = CheckpointWriter()
         self._ema_decay, self._ema_updates = training.ema_decay, 0
         self._average = {name: held.float().clone() for name, held in self._held()} if training.ema_decay else {}
 
@@ -133,20 +135,13 @@ class Zero3Engine(Ranks):
             tensors["ema"] = self._average
         if self._optimizer_steps():
             tensors |= {moment: dict(self._held(moment)) for moment in MOMENTS}
-        sharded_checkpoint.save(
-            folder,
-            rank=self.rank,
-            world_size=self.world_size,
-            state=State(step, self._optimizer_steps(), self._ema_updates, _shapes(self._parameters)),
-            tensors={
-                kind: {name: tensor[: self._length(name)] for name, tensor in parts.items()}
-                for kind, parts in tensors.items()
-            },
-        )
-        # Written before the training goes on: a copy of a rank's part, which may be tens of GB, has no place to be.
-        written: Future[None] = Future()
-        written.set_result(None)
-        return Saving(folder, written)
+        own_parts = {
+            kind: {name: tensor[: self._length(name)] for name, tensor in parts.items()}
+            for kind, parts in tensors.items()
+        }
+        state = State(step, self._optimizer_steps(), self._ema_updates, _shapes(self._parameters))
+        write = partial(sharded_checkpoint.save, rank=self.rank, world_size=self.world_size, state=state)
+        return self._writer.save(folder, own_parts, write)
 
     def load(self, folder: Path) -> int:
         checkpoint = ShardedCheckpoint(folder).check_fits(_shapes(self._parameters))
