@@ -173,7 +173,7 @@ def train(
     for step in steps:
         outcomes.append(take_step(engine, step))
         if step + 1 in save_at or step + 1 == steps.stop:
-            engine.save(out / str(step + 1), step + 1).written.result(60).written.result(60)
+            engine.save(out / str(step + 1), step + 1).written.result(60)
     return outcomes
 
 
