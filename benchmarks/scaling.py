@@ -42,7 +42,6 @@ BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 # TFLOP an image) trains 137.5 images a second on an A100, which are 74 of the 250 TFLOP/s that its products reach.
 UNET_SHARE = 0.30
 BACKWARD_SHARE = 2 / 3  # of a pass
-WRITTEN_PER_SECOND = 1e9  # by a rank to its machine's disk, as ZeRO-3 does in the step; assumed
 COLLECTIVE_SECONDS = 20e-6  # to begin a message; assumed
 EMBEDDING_DIM = 768  # Bio_ClinicalBERT's
 IMAGES_PER_CORE_SECOND = 1400  # decoded at 256 x 256: benchmarks/results/2026-11-28-streaming-cpu.json
@@ -162,7 +161,7 @@ def predict_flux(recipe: FluxRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
         computing,
         whole - computing - updating,
         updating,
-        part / WRITTEN_PER_SECOND / training.checkpoint_every_steps,
+        part / gpu.host_bus / training.checkpoint_every_steps,
         passes * estimates.bytes_sent(scaled, of_an_image) / 1e9,
         0,
         0,
