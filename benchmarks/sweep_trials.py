@@ -139,7 +139,7 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     return recipe
 
 
-def write_frames(shards: str, *, resize: int) -> None:
+def write_frames(shards: str, *, resize: int | None) -> None:
     """The colonoscopy frames of the tests as shards."""
     from data_shards import Settings, write_shards
     from data_shards.sources import medvqa_records
