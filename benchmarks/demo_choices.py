@@ -219,7 +219,10 @@ def report(keep: Path, out: Path) -> None:
             last = Tracker(recorded["tracking_uri"], recorded["run_id"]).last_metrics()
             row["last"] = {k: v for k, v in last.items() if k.endswith(("/loss", "/validation_loss", "/cpu_seconds"))}
         if stage == "vae":
-            row["reconstruction"] = reconstruction(keep, Path(run.model("vae")))
+            known = folder / "reconstruction.json"
+            if not known.exists():
+                known.write_text(json.dumps(reconstruction(keep, Path(run.model("vae")))))
+            row["reconstruction"] = json.loads(known.read_text())
         else:
             row["judged"] = [
                 {"guidance_and_steps_and_seed": place.name.removeprefix(f"{folder.name}-"), **figures(found)}
