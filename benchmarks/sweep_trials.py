@@ -38,10 +38,14 @@ STOPPED = "stopped; with --keep, the same command goes on"
 NEAR = 1.02
 """A loss is as good as the grid's best up to this factor."""
 
-# The demo's recipe in small: latents of 8 x 8 and a U-Net of 3 M parameters, one process and one thread a trial.
+# The demo's recipe in small: latents of 8 x 8 x 8 and a U-Net of 3 M parameters, one process and one thread a trial.
 SMALL = (
     "data.num_workers=0",
     "vae.architecture.block_out_channels=[8, 16, 32, 32]",
+    "vae.architecture.latent_channels=8",
+    "vae.kl_weight=1e-6",
+    "vae.training.global_batch_size=8",
+    "vae.training.warmup_steps=60",
     "vae.training.micro_batch_size=8",
     "vae.training.preview_every_steps=1000000",
     "denoiser.architecture.block_out_channels=[32, 64, 96]",
@@ -139,7 +143,7 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
     return recipe
 
 
-def write_frames(shards: str, *, resize: int) -> None:
+def write_frames(shards: str, *, resize: int | None) -> None:
     """The colonoscopy frames of the tests as shards."""
     from data_shards import Settings, write_shards
     from data_shards.sources import medvqa_records

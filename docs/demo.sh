@@ -9,8 +9,7 @@ SECONDS=0
 "$BIN/medsynth" shards write tests/data/colonoscopy --format medvqa --samples-per-shard 100 --out "$DEMO/shards"
 "$BIN/medsynth" shards inspect "$DEMO/shards"
 "$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs"
-"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" \
-    --guidance-scale 3.5 --num-images 8 --seed 0 --out "$DEMO/samples"
+"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --out "$DEMO/samples"
 
 # Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.
 VERSION=$("$BIN/python" -c "from cluster.registry import RegisteredModel
