@@ -73,6 +73,10 @@ def generate(
         str | None,
         typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own."),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
@@ -90,6 +94,7 @@ def generate(
         "true_cfg_scale": true_cfg_scale,
         "num_inference_steps": num_inference_steps,
         "sampler": sampler,
+        "precision": precision,
     }
     with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Drawing", total=num_images)

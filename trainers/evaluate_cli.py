@@ -19,6 +19,7 @@ from trainers.evaluation_options import (
     ImagesPerPrompt,
     NumInferenceSteps,
     NumSamples,
+    Precision,
     Sampler,
     Seed,
     Splits,
@@ -49,6 +50,7 @@ def evaluate(
     true_cfg_scale: TrueCFGScale = None,
     num_inference_steps: NumInferenceSteps = None,
     sampler: Sampler = None,
+    precision: Precision = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     workers: Workers = 1,
@@ -79,6 +81,7 @@ def evaluate(
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,
         sampler=sampler,
+        precision=precision,
     )
     console.print(f"Evaluation in [bold]{place}[/]; cut off, it goes on with --out {place}", soft_wrap=True)
     with progress_lines(console) as on_progress:

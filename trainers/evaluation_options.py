@@ -28,6 +28,7 @@ NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the
 Sampler = Annotated[
     str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
 ]
+Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]

@@ -19,6 +19,7 @@ from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
+from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
 
 RECIPE = "recipe.yaml"
@@ -40,19 +41,28 @@ class Drawing:
     defaults: Mapping[str, Any]
     samplers: tuple[str, ...]
     """That the setting `sampler` may name."""
+    precisions: tuple[str, ...] = ()
+    """That the setting `precision` may name, its default first; none where it is not the user's to choose."""
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults, with `settings` in their place.
+        """The defaults, with `settings` in their place; the default precision is not named.
 
         Raises UserError for a setting that the model does not know, or a sampler that it is not drawn with.
         """
-        if unknown := sorted(settings.keys() - self.defaults.keys()):
-            raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(self.defaults)}")
+        known = [*self.defaults, *(["precision"] if self.precisions else [])]
+        if unknown := sorted(settings.keys() - known):
+            raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(known)}")
         arguments = {**self.defaults, **settings}
         if arguments["sampler"] not in self.samplers:
             raise UserError(
                 f"this model has no sampler '{arguments['sampler']}': choose one of {', '.join(self.samplers)}"
             )
+        if "precision" in arguments and arguments["precision"] not in self.precisions:
+            raise UserError(
+                f"this model has no precision '{arguments['precision']}': choose one of {', '.join(self.precisions)}"
+            )
+        if self.precisions and arguments.get("precision") == self.precisions[0]:
+            del arguments["precision"]  # pictures and records are the same whether it was asked for or not
         return arguments
 
 
@@ -161,8 +171,8 @@ def generate(
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
     Picture i depends on (seed, i) alone. Each file carries what made it in its text fields. `settings` are
-    negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps and sampler, as far as they are not the
-    model's own.
+    negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps, sampler and precision, as far as they are not
+    the model's own.
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
@@ -227,7 +237,7 @@ def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
         "sampler": sampler,
     }
     resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS))
+    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS), PRECISIONS)
 
 
 def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:

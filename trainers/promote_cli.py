@@ -20,6 +20,7 @@ from trainers.evaluation_options import (
     ImagesPerPrompt,
     NumInferenceSteps,
     NumSamples,
+    Precision,
     Sampler,
     Seed,
     Splits,
@@ -47,6 +48,7 @@ def promote(
     true_cfg_scale: TrueCFGScale = None,
     num_inference_steps: NumInferenceSteps = None,
     sampler: Sampler = None,
+    precision: Precision = None,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     workers: Workers = 1,
@@ -97,6 +99,7 @@ def promote(
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,
         sampler=sampler,
+        precision=precision,
     )
 
     def real_features(evaluation: Evaluation, label: str) -> Features:

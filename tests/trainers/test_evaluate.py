@@ -24,6 +24,7 @@ from tests.conftest import DATA
 from trainers.evaluate import Request, evaluate, record_evaluation
 from trainers.evaluate_cli import name_for
 from trainers.fidelity.evaluation import Evaluation, features_uri
+from trainers.fidelity.report import repeat_command
 from trainers.model_source import pinned
 from trainers.msdm import MSDMPipeline
 from trainers.recipe import MSDMRecipe
@@ -171,6 +172,16 @@ def test_another_request_does_not_mix_with_an_earlier_one(judge: Judge, model: s
     judge(model)
     with pytest.raises(UserError, match=r"evaluation holds an evaluation whose seed, batch_size differ; .* --out"):
         judge(model, seed=1, batch_size=2)
+
+
+def test_a_precision_is_part_of_how_the_images_were_drawn(judge: Judge, model: str, request_: Request) -> None:
+    bf16 = {**request_.settings, "precision": "bf16"}
+    found = judge(model, settings=bf16)
+    assert found.generation is not None
+    assert found.generation.settings["precision"] == "bf16"
+    assert "--precision bf16" in repeat_command(found)
+    with pytest.raises(UserError, match=r"evaluation holds an evaluation whose settings differ"):
+        judge(model)
 
 
 def test_mistakes_are_told_before_anything_is_drawn(judge: Judge, model: str, precomputed: str, tmp_path: Path) -> None:

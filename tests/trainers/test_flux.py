@@ -139,6 +139,8 @@ def test_it_has_one_sampler(flux_folder: Path) -> None:
     assert pictures[0] == pictures[1]
     with pytest.raises(UserError, match="has no sampler 'ddim': choose one of euler"):
         model.drawing.arguments({"sampler": "ddim"})
+    with pytest.raises(UserError, match="is not drawn with precision: it knows negative_prompt, guidance_scale"):
+        model.drawing.arguments({"precision": "bf16"})  # the weights' own, which the device decides
 
 
 def test_a_wrong_guidance_embedding_is_told_before_training(flux_recipe: FluxRecipe) -> None:

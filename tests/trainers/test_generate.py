@@ -71,6 +71,19 @@ def test_a_sampler_is_chosen_and_recorded(model: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "wrong").glob("*.png"))
 
 
+def test_a_precision_is_chosen_and_recorded_unless_it_is_the_default(model: str, tmp_path: Path) -> None:
+    (own,) = draw(model, tmp_path / "own", num_images=1)
+    (fp32,), (bf16,) = (draw(model, tmp_path / name, num_images=1, precision=name) for name in ("fp32", "bf16"))
+    assert own.read_bytes() == fp32.read_bytes()
+    assert "precision" not in Image.open(own).info
+    assert Image.open(bf16).info["precision"] == "bf16"
+    pixels = [np.asarray(Image.open(path), dtype=np.int16) for path in (own, bf16)]
+    assert 0 < np.abs(pixels[0] - pixels[1]).mean() < 2  # of 255 levels
+    with pytest.raises(UserError, match="has no precision 'fp8': choose one of fp32, bf16"):
+        draw(model, tmp_path / "wrong", precision="fp8")
+    assert not list((tmp_path / "wrong").glob("*.png"))
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no diffusers pipeline"):

@@ -25,7 +25,8 @@ from trainers.fidelity.figures import GROUPS, METRICS, MISSING, by_group, decima
 MOST_POINTS = 1500  # of each kind in the map: more would hide each other, and weigh on the page
 MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000.0, 620.0, 18.0
 MOST_NEIGHBOURS = 64  # that an evaluation keeps
-ASKED_SETTINGS = ("guidance_scale", "true_cfg_scale", "num_inference_steps", "sampler")  # those that the command takes
+# Those that the command takes.
+ASKED_SETTINGS = ("guidance_scale", "true_cfg_scale", "num_inference_steps", "sampler", "precision")
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 256, 85  # 64 pairs of 1024² would weigh over 100 MB
 IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 

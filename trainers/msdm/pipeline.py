@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainers.msdm.text_encoder import tokenize
 from trainers.msdm.unet import another_sampler, sampler_named
 from trainers.msdm.vae import decode_latents
+
+PRECISIONS = ("fp32", "bf16")
+"""Of the denoiser; the first is the default."""
 
 
 class MSDMPipeline(DiffusionPipeline):
@@ -51,6 +55,7 @@ class MSDMPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         sampler: str | None = None,
+        precision: str = "fp32",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -62,6 +67,8 @@ class MSDMPipeline(DiffusionPipeline):
             negative_prompt: takes the place of the empty prompt; one for all, or one for each prompt.
             guidance_scale: w in  uncond + w (cond - uncond);  1 is the plain conditional prediction, at half the cost.
             sampler: one of trainers.msdm.unet.SAMPLERS on the model's own noise schedule; None: the model's own.
+            precision: of the denoiser, one of PRECISIONS: that of its weights, or bf16 by autocast. Latents, text
+                encoder and decoder keep theirs.
             generator: one for all, or one for each prompt, which makes a picture independent of its neighbours.
             latents: initial noise [B, C, h, w], instead of drawing it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]).
@@ -82,16 +89,17 @@ class MSDMPipeline(DiffusionPipeline):
         latents = latents * scheduler.init_noise_sigma
         step_arguments = _scheduler_arguments(scheduler, generator)
 
-        for timestep in self.progress_bar(scheduler.timesteps):
-            model_input = torch.cat([latents, latents]) if is_guided else latents
-            model_input = scheduler.scale_model_input(model_input, timestep)
-            prediction = self.unet(
-                model_input, timestep, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
-            )[0]
-            if is_guided:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+        with self._autocast(precision):  # around all steps, for it casts each weight once and keeps it until it ends
+            for timestep in self.progress_bar(scheduler.timesteps):
+                model_input = torch.cat([latents, latents]) if is_guided else latents
+                model_input = scheduler.scale_model_input(model_input, timestep)
+                prediction = self.unet(
+                    model_input, timestep, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
+                )[0].to(latents.dtype)
+                if is_guided:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = unconditional + guidance_scale * (conditional - unconditional)
+                latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
 
         images = (decode_latents(self.vae, latents) / 2 + 0.5).clamp(0, 1)
         return self._output(images, output_type, return_dict)
@@ -111,6 +119,11 @@ class MSDMPipeline(DiffusionPipeline):
         else:
             noise = torch.stack([torch.randn(shape, generator=one) for one in generator])
         return noise.to(self.device, self.unet.dtype)
+
+    def _autocast(self, precision: str) -> AbstractContextManager[object]:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def _scheduler(self, sampler: str | None) -> SchedulerMixin:
         if sampler is None or sampler == sampler_named(type(self.scheduler).__name__):
