@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -254,13 +255,19 @@ def timed(step: Callable[[], object], times: int) -> float:
     return statistics.median(seconds[2:])
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     cores = os.cpu_count() or 1
     for world_size in options.ranks:
         with TemporaryDirectory() as folder:
             out = f"{folder}/found.json"
-            arguments = (world_size, f"file://{folder}/rendezvous", options.batch, options.steps, out)
+            arguments = (world_size, f"tcp://127.0.0.1:{free_port()}", options.batch, options.steps, out)
             mp.spawn(rank, arguments, nprocs=world_size)  # type: ignore[attr-defined]
             found = json.loads(Path(out).read_text())
         alone = rows[0]["seconds"] if rows else found["seconds"]
