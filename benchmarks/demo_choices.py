@@ -1,7 +1,7 @@
 """Choices of the demo's recipe, trained at equal compute and judged as the demo judges.
 
     python -m benchmarks.demo_choices train base c4-b8 --keep choices       # denoisers, and the autoencoders they need
-    python -m benchmarks.demo_choices judge before c4-b8 --keep choices --guidance 1 3.5 --seeds 0 1
+    python -m benchmarks.demo_choices judge base c4-b8 --keep choices --guidance 1 3.5 --seeds 0 1
     python -m benchmarks.demo_choices report --keep choices
 
 Variants are those of `demo_choices.yaml`. Each is an MLflow run (KEEP/mlflow.db, experiment demo-choices), trained by
@@ -30,6 +30,7 @@ from cluster import storage
 from cluster.tracking import Tracker
 from data_shards import ShardStream
 from trainers import evaluate
+from trainers.engines import Saving
 from trainers.families import family_of
 from trainers.fidelity.evaluation import Evaluation
 from trainers.fidelity.extractors import kept_extractor
@@ -100,7 +101,7 @@ def train_stage(recipe: MSDMRecipe, stage_name: str, run: RunFolder, tracker: Tr
     training = family.training_of(recipe, stage_name)
     started = time.process_time()
 
-    def report(step: int, metrics: dict[str, float], pixels: Tensor | None, folder: Path | None) -> None:
+    def report(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
         told = {**metrics, "cpu_seconds": time.process_time() - started}
         tracker.log_metrics({f"{stage_name}/{name}": value for name, value in told.items()}, step)
         print(
@@ -111,9 +112,10 @@ def train_stage(recipe: MSDMRecipe, stage_name: str, run: RunFolder, tracker: Tr
             grid(pixels).save(png, "PNG")
             storage.write_bytes(run.picture(stage_name, step), png.getvalue())
             tracker.log_picture(f"{stage_name}/samples", png.getvalue(), step)
-        if folder is not None:  # after the last step alone
-            family.export(recipe, stage_name, run, folder, Path(run.model(stage_name)))
-            shutil.rmtree(folder)
+        if saving is not None:  # after the last step alone
+            saving.written.result()
+            family.export(recipe, stage_name, run, saving.folder, Path(run.model(stage_name)))
+            shutil.rmtree(saving.folder)
 
     stage, engine = family.build(recipe, stage_name, run, CPU)
     train(

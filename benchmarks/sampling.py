@@ -67,11 +67,9 @@ class Drawn:
 def draw(
     model: Model, prompts: Sequence[str], numbers: Sequence[int], settings: Mapping[str, Any], into: Drawn
 ) -> None:
-    """As `medsynth evaluate` draws: each picture's noise is its number's."""
-    noise = [torch.Generator().manual_seed(derive_seed(SEED, "generate", number)) for number in numbers]
     _wait_for(model)
     wall, processor = time.perf_counter(), time.process_time()
-    images = model.pipeline([prompts[number] for number in numbers], **settings, generator=noise).images
+    images = model.draw([prompts[number] for number in numbers], numbers, seed=SEED, settings=settings)
     into.processor_seconds.append((time.process_time() - processor) / len(numbers))
     into.seconds.append((time.perf_counter() - wall) / len(numbers))
     into.pixels.append(np.stack([np.asarray(image) for image in images]))
@@ -134,7 +132,7 @@ def main() -> None:
     names = list(dict.fromkeys(["study", *options.variants]))
     drawn, alone = {name: Drawn() for name in names}, {name: Drawn() for name in names if name in ALONE}
     for name in names:  # what is done once is not counted
-        draw(model, prompts, [0], VARIANTS[name] | {"num_inference_steps": 1}, Drawn())
+        draw(model, prompts, [0], {**VARIANTS[name], "num_inference_steps": 1}, Drawn())
     for start in range(0, options.num_samples, options.batch_size):
         numbers = range(start, min(start + options.batch_size, options.num_samples))
         for name in names:

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.msdm_step import RESULTS, ROOT
+from tests.servers import free_port
 from trainers import estimates
 from trainers.engines.ddp import DDPEngine
 from trainers.flops import pass_flops
@@ -253,12 +253,6 @@ def timed(step: Callable[[], object], times: int) -> float:
         step()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[2:])
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:

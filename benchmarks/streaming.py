@@ -189,7 +189,7 @@ def webdataset(source: Source) -> Iterator[int]:
 def mosaicml(source: Source) -> Iterator[int]:
     streaming = import_mosaicml()
 
-    class Frames(streaming.StreamingDataset):  # type: ignore[misc]
+    class Frames(streaming.StreamingDataset):  # type: ignore[name-defined]
         def __getitem__(self, at: int) -> Any:
             sample = super().__getitem__(at)
             return decoded(sample["image"], source.resolution), sample["caption"]
@@ -207,7 +207,7 @@ def mosaicml(source: Source) -> Iterator[int]:
 def litdata(source: Source) -> Iterator[int]:
     import litdata
 
-    class Frames(litdata.StreamingDataset):  # type: ignore[misc]
+    class Frames(litdata.StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
             return decoded(sample["image"], source.resolution), sample["caption"]
