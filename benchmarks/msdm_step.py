@@ -44,14 +44,13 @@ from data_shards.sources import medvqa_records
 from trainers.ema import EMA
 from trainers.engines import Saving
 from trainers.engines.ddp import compile_blocks
-from trainers.flops import pass_flops
+from trainers.hardware import matmul_flops
+from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective, made_up_inputs
 from trainers.msdm.text_encoder import load_text_encoder, tokenize
-from trainers.msdm.unet import build_scheduler, build_unet
+from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import build_vae, moments, set_channel_statistics, standardize
-from trainers.objectives import DenoisingObjective
 from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
-from trainers.timesteps import NoiseSchedule
 from trainers.worker import train_rank
 
 ROOT = Path(__file__).parents[1]
@@ -134,16 +133,6 @@ def embedding_dim(recipe: MSDMRecipe) -> int:
     return width
 
 
-def unet_of(recipe: MSDMRecipe) -> nn.Module:
-    unet: nn.Module = build_unet(
-        recipe.denoiser.architecture,
-        latent_channels=recipe.vae.architecture.latent_channels,
-        latent_side=recipe.data.resolution // recipe.vae.architecture.downsampling,
-        embedding_dim=embedding_dim(recipe),
-    )
-    return unet
-
-
 def frozen(recipe: MSDMRecipe, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     vae = build_vae(recipe.vae.architecture, recipe.data.resolution)
     set_channel_statistics(vae, torch.randn(4, recipe.vae.architecture.latent_channels, 32, 32))
@@ -159,7 +148,7 @@ def batch_of(recipe: MSDMRecipe, device: torch.device) -> tuple[Tensor, list[str
 
 def study(recipe: MSDMRecipe, device: torch.device) -> Step:
     vae, text_encoder, tokenizer = frozen(recipe, device, torch.float32)
-    unet = unet_of(recipe).to(device).train()
+    unet = build_denoiser(recipe, embedding_dim(recipe)).to(device).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.0)
     scheduler = build_scheduler(recipe.denoiser.noise, recipe.sampling)
     images, captions = batch_of(recipe, device)
@@ -189,7 +178,7 @@ def stock(recipe: MSDMRecipe, device: torch.device) -> Step:
 
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
     vae, text_encoder, tokenizer = frozen(recipe, device, torch.bfloat16)
-    unet = unet_of(recipe).train()
+    unet = build_denoiser(recipe, embedding_dim(recipe)).train()
     average = EMAModel(unet.parameters())
     average.to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
@@ -220,15 +209,16 @@ def stock(recipe: MSDMRecipe, device: torch.device) -> Step:
 
 def ceiling(recipe: MSDMRecipe, device: torch.device) -> Step:
     training = recipe.denoiser.training
-    unet = unet_of(recipe).to(device).train()
+    unet = build_denoiser(recipe, embedding_dim(recipe)).to(device).train()
     if training.channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training.compile:
         compile_blocks(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     average = EMA(unet, training.ema_decay)
-    objective = DenoisingObjective(NoiseSchedule.from_recipe(recipe.denoiser.noise).to(device), "epsilon")
-    inputs = {name: value.to(device) for name, value in made_up(recipe, training.micro_batch_size).items()}
+    objective = denoising_objective(recipe, device)
+    with device:
+        inputs = made_up_inputs(recipe, embedding_dim(recipe), training.micro_batch_size)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
@@ -240,19 +230,6 @@ def ceiling(recipe: MSDMRecipe, device: torch.device) -> Step:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def made_up(recipe: MSDMRecipe, size: int) -> dict[str, Tensor]:
-    """The objective's inputs."""
-    side = recipe.data.resolution // recipe.vae.architecture.downsampling
-    latents = torch.randn(size, recipe.vae.architecture.latent_channels, side, side)
-    return {
-        "latents": latents,
-        "noise": torch.randn_like(latents),
-        "timesteps": torch.randint(1000, (size,)),
-        "prompt_embeds": torch.randn(size, recipe.text_encoder.max_tokens, embedding_dim(recipe)),
-        "prompt_mask": torch.ones(size, recipe.text_encoder.max_tokens, dtype=torch.int64),
-    }
 
 
 CONTENDERS: dict[str, Callable[[MSDMRecipe, torch.device], Step] | None] = {
@@ -356,27 +333,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def matmul_flops(options: argparse.Namespace) -> float:
-    """FLOP/s of the product of two large bf16 matrices, here and now."""
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(options.threads)
-    side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(side, side, device=device).to(torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        matrix @ matrix
-        finish(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds)
-
-
-def flops_of(recipe: MSDMRecipe) -> float:
-    schedule = NoiseSchedule.from_recipe(recipe.denoiser.noise).to(torch.device("meta"))
-    return pass_flops(lambda: unet_of(recipe), DenoisingObjective(schedule, "epsilon"), **made_up(recipe, 1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -402,8 +358,12 @@ def main() -> None:
     turns: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
-        ceiling_flops = matmul_flops(options)
-        flops = flops_of(recipe_of(options, Path(folder)))
+        torch.set_num_threads(options.threads)
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        side = 8192 if options.device == "cuda" else 2048
+        ceiling_flops = matmul_flops(torch.device(options.device), dtype, side=side)
+        recipe = recipe_of(options, Path(folder))
+        flops = denoiser_flops(recipe, embedding_dim(recipe))
         for number in range(options.rounds):
             for contender in contenders:
                 command = [sys.executable, "-m", "benchmarks.msdm_step", *sys.argv[1:]]

@@ -14,11 +14,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,11 @@ from benchmarks.msdm_step import RESULTS, ROOT
 from tests.servers import free_port
 from trainers import estimates
 from trainers.engines.ddp import DDPEngine
-from trainers.flops import pass_flops
 from trainers.flux.architecture import FLUX_1_DEV
 from trainers.flux.footprint import footprint
 from trainers.hardware import Gpu, gpu_named
-from trainers.msdm.unet import build_unet
-from trainers.objectives import DenoisingObjective
-from trainers.recipe import FluxRecipe, MSDMRecipe, Training, UNetArchitecture, load_recipe
-from trainers.timesteps import NoiseSchedule
+from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective, made_up_inputs
+from trainers.recipe import FluxRecipe, MSDMRecipe, Training, load_recipe
 
 CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
@@ -45,15 +42,10 @@ UNET_SHARE = 0.30
 BACKWARD_SHARE = 2 / 3  # of a pass
 COLLECTIVE_SECONDS = 20e-6  # to begin a message; assumed
 EMBEDDING_DIM = 768  # Bio_ClinicalBERT's
-IMAGES_PER_CORE_SECOND = 1400  # decoded at 256 x 256: benchmarks/results/2026-11-28-streaming-cpu.json
+IMAGES_PER_CORE_SECOND = 3400  # decoded at 256 x 256: benchmarks/results/2026-11-28-streaming-cpu.json
 JPEG_BYTES = 20_347  # of one of those
-SMALL = UNetArchitecture(
-    block_out_channels=(96, 128, 192),
-    cross_attention=(False, True, True),
-    layers_per_block=1,
-    num_attention_heads=4,
-    norm_num_groups=16,
-)
+SMALL = ("vae.architecture.latent_channels=8", "denoiser.architecture.block_out_channels=[96, 128, 192]")
+SMALL_EMBEDDING_DIM = 384  # all-MiniLM-L6-v2's
 
 
 # --- the model ---
@@ -70,8 +62,9 @@ class Prediction:
     updating: float
     saving: float  # the copy to host memory, spread over the steps between two checkpoints
     gigabytes_sent: float  # by a GPU
-    cores_per_host: float  # that decode images; precomputed moments need none
-    megabytes_read_per_host: float  # of shards, in a second
+    sample_bytes: int  # of an image in its shard, or of its latents
+    decoded_per_core: float  # images in a second; latents are not decoded
+    gpus_per_host: int
 
     @property
     def seconds(self) -> float:
@@ -80,6 +73,18 @@ class Prediction:
     @property
     def images_per_second(self) -> float:
         return self.global_batch_size / self.seconds
+
+    @property
+    def images_per_host(self) -> float:
+        return self.images_per_second / self.num_gpus * min(self.num_gpus, self.gpus_per_host)
+
+    @property
+    def cores_per_host(self) -> float:
+        return self.images_per_host / self.decoded_per_core
+
+    @property
+    def megabytes_read_per_host(self) -> float:
+        return self.images_per_host * self.sample_bytes / 1e6
 
 
 def ring_seconds(nbytes: float, gpu: Gpu, num_gpus: int) -> float:
@@ -107,7 +112,7 @@ def predict_msdm(recipe: MSDMRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
     exchange = ring_seconds(gradients, gpu, num_gpus) if num_gpus > 1 else 0.0
     # Clipping reads the gradients; AdamW reads them and reads and writes weights and moments; then the average.
     touched = (1 + 1 + 3 * 2 + 1 + 2) * 4 * parameters
-    step = Prediction(
+    return Prediction(
         num_gpus,
         per_gpu * num_gpus,
         computing,
@@ -115,11 +120,9 @@ def predict_msdm(recipe: MSDMRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
         touched / gpu.memory_bandwidth,
         16 * parameters / gpu.host_bus / training.checkpoint_every_steps,
         2 * (num_gpus - 1) / num_gpus * gradients / 1e9,
-        0,
-        0,
-    )
-    return with_data(
-        step, min(num_gpus, gpu.gpus_per_host) * per_gpu / step.seconds, JPEG_BYTES, IMAGES_PER_CORE_SECOND
+        JPEG_BYTES,
+        IMAGES_PER_CORE_SECOND,
+        gpu.gpus_per_host,
     )
 
 
@@ -156,7 +159,8 @@ def predict_flux(recipe: FluxRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
     updating = estimates.update_seconds(scaled, of_an_image, gpu)
     whole = estimates.seconds_per_step(scaled, of_an_image, gpu)
     part = estimates.checkpoint_bytes(scaled, of_an_image) / num_gpus
-    step = Prediction(
+    latents = 16 * (recipe.data.resolution // 8) ** 2 * 2 * 4
+    return Prediction(
         num_gpus,
         per_gpu * num_gpus,
         computing,
@@ -164,59 +168,24 @@ def predict_flux(recipe: FluxRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
         updating,
         part / gpu.host_bus / training.checkpoint_every_steps,
         passes * estimates.bytes_sent(scaled, of_an_image) / 1e9,
-        0,
-        0,
+        latents,
+        math.inf,
+        gpu.gpus_per_host,
     )
-    latents = 16 * (recipe.data.resolution // 8) ** 2 * 2 * 4
-    return with_data(step, min(num_gpus, gpu.gpus_per_host) * per_gpu / step.seconds, latents, math.inf)
 
 
-def with_data(step: Prediction, images_per_host: float, nbytes: float, per_core: float) -> Prediction:
-    known = asdict(step) | {
-        "cores_per_host": images_per_host / per_core,
-        "megabytes_read_per_host": images_per_host * nbytes / 1e6,
-    }
-    return Prediction(**known)
-
-
+@cache
 def counted(recipe: MSDMRecipe) -> tuple[float, int]:
     """FLOPs of an image's pass, and parameters, of a recipe's denoiser."""
-    sizes = {
-        "latent_channels": recipe.vae.architecture.latent_channels,
-        "latent_side": recipe.data.resolution // recipe.vae.architecture.downsampling,
-        "embedding_dim": EMBEDDING_DIM,
-    }
-    return count(recipe.denoiser.architecture, recipe.text_encoder.max_tokens, **sizes)
-
-
-def count(architecture: UNetArchitecture, tokens: int, **sizes: int) -> tuple[float, int]:
-    def build() -> torch.nn.Module:
-        unet: torch.nn.Module = build_unet(architecture, **sizes)
-        return unet
-
-    flops = pass_flops(build, objective_on("meta"), **inputs_of(1, tokens, **sizes))
     with torch.device("meta"):
-        return flops, sum(parameter.numel() for parameter in build().parameters())
+        parameters = sum(parameter.numel() for parameter in build_denoiser(recipe, EMBEDDING_DIM).parameters())
+    return denoiser_flops(recipe, EMBEDDING_DIM), parameters
 
 
-def objective_on(device: str) -> DenoisingObjective:
-    recipe = load_recipe(str(ROOT / "recipes/msdm-medvqa-gi.yaml"))
+def msdm_recipe(name: str, *changes: str) -> MSDMRecipe:
+    recipe = load_recipe(str(ROOT / f"recipes/{name}.yaml"), changes)
     assert isinstance(recipe, MSDMRecipe)
-    schedule = NoiseSchedule.from_recipe(recipe.denoiser.noise).to(torch.device(device))
-    return DenoisingObjective(schedule, "epsilon")
-
-
-def inputs_of(
-    size: int, tokens: int, *, latent_channels: int, latent_side: int, embedding_dim: int
-) -> dict[str, torch.Tensor]:
-    latents = torch.randn(size, latent_channels, latent_side, latent_side)
-    return {
-        "latents": latents,
-        "noise": torch.randn_like(latents),
-        "timesteps": torch.randint(1000, (size,)),
-        "prompt_embeds": torch.randn(size, tokens, embedding_dim),
-        "prompt_mask": torch.ones(size, tokens, dtype=torch.int64),
-    }
+    return recipe
 
 
 # --- measured here ---
@@ -225,11 +194,11 @@ def inputs_of(
 def rank(number: int, world_size: int, rendezvous: str, batch: int, steps: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=number, world_size=world_size)
-    sizes = {"latent_channels": 8, "latent_side": 16, "embedding_dim": 384}
-    unet = build_unet(SMALL, **sizes)
+    recipe = msdm_recipe("msdm-demo", *SMALL)
+    unet = build_denoiser(recipe, SMALL_EMBEDDING_DIM)
     gradients = torch.zeros(sum(parameter.numel() for parameter in unet.parameters()))
     engine = DDPEngine(unet, Training(steps=steps, global_batch_size=1, micro_batch_size=1, learning_rate=1e-4), CPU)
-    objective, inputs = objective_on("cpu"), inputs_of(batch, 32, **sizes)
+    objective, inputs = denoising_objective(recipe, CPU), made_up_inputs(recipe, SMALL_EMBEDDING_DIM, batch)
 
     def step() -> None:
         loss = objective(engine.model, **inputs).mean()
@@ -284,37 +253,31 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
 # --- what the user sees ---
 
 
-def predictions(gpu: Gpu, numbers: Sequence[int]) -> dict[str, list[dict[str, float]]]:
-    msdm = load_recipe(str(ROOT / "recipes/msdm-medvqa-gi.yaml"))
+def predictions(gpu: Gpu, numbers: Sequence[int]) -> dict[str, list[Prediction]]:
+    msdm = msdm_recipe("msdm-medvqa-gi")
     flux = load_recipe(str(ROOT / "recipes/flux-full-8gpu.yaml"))
-    assert isinstance(msdm, MSDMRecipe)
     assert isinstance(flux, FluxRecipe)
-    found = {
+    return {
         "msdm": [predict_msdm(msdm, gpu, number) for number in numbers],
         "flux": [predict_flux(flux, gpu, number) for number in numbers],
     }
-    return {name: [described(row, rows[0]) for row in rows] for name, rows in found.items()}
 
 
-def described(row: Prediction, first: Prediction) -> dict[str, Any]:
-    per_gpu = row.images_per_second / row.num_gpus
-    return {
-        **asdict(row),
-        "seconds": row.seconds,
-        "images_per_second": row.images_per_second,
-        "efficiency": per_gpu / (first.images_per_second / first.num_gpus),
-    }
+def efficiency(row: Prediction, first: Prediction) -> float:
+    """A GPU's rate beside what it is with as many as `first` has."""
+    return row.images_per_second / row.num_gpus / (first.images_per_second / first.num_gpus)
 
 
-def as_table(rows: Sequence[dict[str, float]]) -> str:
+def as_table(rows: Sequence[Prediction]) -> str:
     """Markdown, as docs/performance.md has it."""
     head = "| GPUs | global batch | images/s | of 8 GPUs' rate | computing | exchange, not hidden | update | saving |"
     lines = [head, "|---" * 8 + "|"]
     for row in rows:
-        parts = " | ".join(f"{row[name] * 1e3:,.1f} ms" for name in ("computing", "exchanging", "updating", "saving"))
+        seconds = (row.computing, row.exchanging, row.updating, row.saving)
+        parts = " | ".join(f"{part * 1e3:,.1f} ms" for part in seconds)
         lines.append(
-            f"| {row['num_gpus']} | {row['global_batch_size']:,} | {row['images_per_second']:,.0f} | "
-            f"{row['efficiency']:.0%} | {parts} |"
+            f"| {row.num_gpus} | {row.global_batch_size:,} | {row.images_per_second:,.0f} | "
+            f"{efficiency(row, rows[0]):.0%} | {parts} |"
         )
     return "\n".join(lines)
 
@@ -338,13 +301,17 @@ def main() -> None:
             print(f"\n{name} on {options.gpu}, batch of a GPU fixed\n\n{as_table(rows)}\n")
             last = rows[-1]
             print(
-                f"A GPU sends {last['gigabytes_sent']:.1f} GB a step; a machine reads "
-                f"{last['megabytes_read_per_host']:.0f} MB/s of shards, decoding on {last['cores_per_host']:.1f} cores"
+                f"A GPU sends {last.gigabytes_sent:.1f} GB a step; a machine reads "
+                f"{last.megabytes_read_per_host:.0f} MB/s of shards, decoding on {last.cores_per_host:.1f} cores"
             )
         return
     load_before = os.getloadavg()[0]
-    rows = measure(options)
-    document = {"date": str(date.today()), "cores": os.cpu_count(), "load_before": load_before, "rows": rows}
+    document = {
+        "date": str(date.today()),
+        "cores": os.cpu_count(),
+        "load_before": load_before,
+        "rows": measure(options),
+    }
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {options.out}")
 

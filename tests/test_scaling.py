@@ -27,7 +27,7 @@ def test_an_exchange_hides_behind_the_backward_pass_but_for_its_last_bucket() ->
 
 @pytest.mark.parametrize("num_gpus", [8, 16, 32, 64])
 def test_published_rates_come_out_within_a_tenth(num_gpus: int) -> None:
-    """Of 128 GPUs they do not (a third too much): docs/performance.md says so."""
+    """Of 128 GPUs they do not (half as much again): docs/performance.md says so."""
     assert scaling.predict_published(num_gpus) == pytest.approx(scaling.PUBLISHED[num_gpus], rel=0.1)
 
 
@@ -35,8 +35,9 @@ def test_the_studys_recipes_are_predicted() -> None:
     found = scaling.predictions(H100, [8, 512])
     for rows in found.values():
         eight, many = rows
-        assert eight["efficiency"] == 1
-        assert 0.2 < many["efficiency"] <= 1
-        assert many["global_batch_size"] == 64 * eight["global_batch_size"]
-        assert many["exchanging"] > eight["exchanging"]
-    assert found["flux"][1]["efficiency"] < found["msdm"][1]["efficiency"]
+        assert scaling.efficiency(eight, eight) == 1
+        assert 0.2 < scaling.efficiency(many, eight) <= 1
+        assert many.global_batch_size == 64 * eight.global_batch_size
+        assert many.exchanging > eight.exchanging
+    flux, msdm = (scaling.efficiency(found[name][1], found[name][0]) for name in ("flux", "msdm"))
+    assert flux < msdm

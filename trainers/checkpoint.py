@@ -62,9 +62,8 @@ def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Opt
         optimizer.load_state_dict(document)
     for weight, values in optimizer.state.items():
         for name, value in values.items():
-            if (
-                value.shape == weight.shape
-            ):  # a moment: the fused optimizer takes it to lie in memory as its weight does
+            if value.shape == weight.shape:
+                # A moment, which the fused optimizer takes to lie in memory as its weight does.
                 values[name] = torch.empty_like(weight).copy_(value)
     return state["step"]
 

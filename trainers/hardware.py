@@ -78,13 +78,17 @@ def gpu_here() -> Gpu | None:
     return replace(like, product=properties.name, memory_bytes=properties.total_memory)
 
 
-@torch.no_grad()
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What a device can do at most, in FLOP/s: a GPU by its data sheet in bf16, as utilisation is published; a CPU, and
     a GPU that is not known, by the product of two large matrices in `dtype`, measured."""
     if device.type == "cuda" and (gpu := gpu_here()) and gpu.name in torch.cuda.get_device_name(device).lower():
         return gpu.peak_flops
-    side = 1024 if device.type == "cpu" else 8192
+    return matmul_flops(device, dtype, side=1024 if device.type == "cpu" else 8192)
+
+
+@torch.no_grad()
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, side: int) -> float:
+    """FLOP/s of the product of two matrices [side, side], the fastest of a few."""
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     fastest = math.inf
     for _ in range(4):

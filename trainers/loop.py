@@ -51,8 +51,8 @@ def train(
 
     `save_requested` says, to all ranks alike, whether to save after this step too, as when a machine is to go.
 
-    Raises DivergedError after MAX_SKIPPED_STEPS steps in a row whose loss or gradient is not finite; the
-    weights are then those before the first of them.
+    Raises DivergedError after MAX_SKIPPED_STEPS steps in a row whose loss or gradient is not finite; no weight is
+    then other than finite.
     """
     step = engine.load(resume_from) if resume_from else 0
     batches = stream.batches(start_step=step)

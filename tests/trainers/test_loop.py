@@ -1,7 +1,6 @@
 """The loop and the DDP engine: equal at any world size, resumed or not, and never a non-finite weight."""
 
 import multiprocessing
-import socket
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
@@ -14,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.servers import free_port
 from trainers import worker
 from trainers.engines import Saving
 from trainers.engines.ddp import DDPEngine
 from trainers.families import msdm
-from trainers.loop import MAX_SKIPPED_STEPS, DivergedError, train
+from trainers.loop import MAX_SKIPPED_STEPS, DivergedError, Report, train
 from trainers.msdm.export import export_vae
 from trainers.recipe import MSDMRecipe
 from trainers.run_folder import RunFolder
@@ -104,6 +104,21 @@ def test_resumed_is_bitwise_never_stopped(recipe: MSDMRecipe, run: RunFolder, st
     assert torch.equal(straight.pixels[6], resumed.pixels[6])
 
 
+def train_asked(recipe: MSDMRecipe, run: RunFolder, report: Report, **asked: Any) -> int:
+    """Train the denoiser with `stop_requested` and the like of the test's own."""
+    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
+    return train(
+        training=recipe.denoiser.training,
+        stage=stage,
+        engine=engine,
+        stream=msdm.open_stream(recipe, "denoiser", "train"),
+        validation=msdm.open_stream(recipe, "denoiser", "validation"),
+        seed=recipe.seed,
+        report=report,
+        **asked,
+    )
+
+
 def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
     recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,17 +126,8 @@ def test_a_stop_saves_at_once_and_the_run_goes_on_from_there(
     recipe = with_training(recipe, "denoiser", precision="bf16")
     train_rank(recipe, "denoiser", run, device=CPU, report=straight, resume_from=None)
     asked = count(1)
-    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
-    steps = train(
-        training=recipe.denoiser.training,
-        stage=stage,
-        engine=engine,
-        stream=msdm.open_stream(recipe, "denoiser", "train"),
-        validation=msdm.open_stream(recipe, "denoiser", "validation"),
-        seed=recipe.seed,
-        report=stopped,
-        stop_requested=lambda: next(asked) == 3,
-        save_requested=lambda step: step == 1,
+    steps = train_asked(
+        recipe, run, stopped, stop_requested=lambda: next(asked) == 3, save_requested=lambda step: step == 1
     )
     assert steps == 4  # of a step it is known after the next
     assert sorted(stopped.checkpoints) == [1, 2, 4]  # what was asked for, on schedule, the end
@@ -166,9 +172,7 @@ def train_on_rank(rank: int, world_size: int, port: int, recipe: MSDMRecipe, run
 
 def train_on(world_size: int, recipe: MSDMRecipe, run: RunFolder, out: Path) -> dict[str, Any]:
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=train_on_rank, args=(rank, world_size, port, recipe, run, out))

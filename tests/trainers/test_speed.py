@@ -9,26 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.trainers.test_loop import CPU, Reports, run, states, with_training
+from tests.trainers.test_loop import CPU, Reports, run, states, train_asked, with_training
 from trainers import checkpoint, saving
-from trainers.engines import Saving, StepOutcome
+from trainers.engines import StepOutcome
 from trainers.engines.ddp import DDPEngine
 from trainers.families import msdm
 from trainers.flops import pass_flops
 from trainers.hardware import peak_flops
-from trainers.loop import train
-from trainers.recipe import MSDMRecipe
+from trainers.msdm.denoiser import denoiser_flops
+from trainers.recipe import MSDMRecipe, load_recipe
 from trainers.run_folder import RunFolder
 from trainers.saving import CheckpointWriter
 from trainers.timing import Interval
 from trainers.worker import train_rank
 
 __all__ = ["run"]  # a fixture
-
-
-def ignore(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
-    if saving is not None:
-        saving.written.result(60)
 
 
 def test_channels_last_computes_the_same(recipe: MSDMRecipe, run: RunFolder) -> None:
@@ -130,7 +125,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         write(folder, state)
 
     monkeypatch.setattr(checkpoint, "write", write_late)
-    stage, engine = msdm.build(recipe, "denoiser", run, CPU)
     seen: list[int] = []
 
     def stop_requested() -> bool:
@@ -139,16 +133,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             may_write.set()
         return False
 
-    train(
-        training=recipe.denoiser.training,
-        stage=stage,
-        engine=engine,
-        stream=msdm.open_stream(recipe, "denoiser", "train"),
-        validation=msdm.open_stream(recipe, "denoiser", "validation"),
-        seed=recipe.seed,
-        report=held_up,
-        stop_requested=stop_requested,
-    )
+    train_asked(recipe, run, held_up, stop_requested=stop_requested)
     for step in (2, 3):
         then, now = states(straight.checkpoints[step]), states(held_up.checkpoints[step])
         assert all(torch.equal(value, now[name]) for name, value in then.items())
@@ -208,26 +193,9 @@ def test_flops_are_those_of_the_products() -> None:
 
 def test_the_studys_denoiser_takes_the_published_order_of_flops() -> None:
     """Of its 306 M weights the convolutions' count once for each of the 4 to 1024 places they are applied at."""
-    from trainers.msdm.unet import build_unet
-    from trainers.objectives import DenoisingObjective
-    from trainers.recipe import Noise, UNetArchitecture
-    from trainers.timesteps import NoiseSchedule
-
-    def build() -> nn.Module:
-        unet: nn.Module = build_unet(UNetArchitecture(), latent_channels=8, latent_side=32, embedding_dim=768)
-        return unet
-
-    latents = torch.zeros(1, 8, 32, 32)
-    counted = pass_flops(
-        build,
-        DenoisingObjective(NoiseSchedule.from_recipe(Noise()).to(torch.device("meta")), "epsilon"),
-        latents=latents,
-        noise=latents,
-        timesteps=torch.zeros(1, dtype=torch.int64),
-        prompt_embeds=torch.zeros(1, 64, 768),
-        prompt_mask=torch.ones(1, 64),
-    )
-    assert 1e11 < counted < 1e12
+    recipe = load_recipe(str(Path(__file__).parents[2] / "recipes/msdm-medvqa-gi.yaml"))
+    assert isinstance(recipe, MSDMRecipe)
+    assert 1e11 < denoiser_flops(recipe, embedding_dim=768) < 1e12
 
 
 def test_an_interval_tells_what_its_time_went_into(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from trainers.timesteps import flow_sigmas
 from trainers.transfer import to_device
 
 EMPTY_PROMPT = ""
-NORMAL_DRAWS = ("posterior", "noise")
 
 
 def transformer_stage(
@@ -52,12 +51,11 @@ def transformer_stage(
             captions = [EMPTY_PROMPT if drop else c for c, drop in zip(captions, dropped, strict=True)]
         mean, logvar = to_device(batch.moments, device).chunk(2, dim=1)
         shape = mean.shape[1:]
-        posterior, noise = (to_device(randomness.normal(batch.seeds, what, shape), device) for what in NORMAL_DRAWS)
-        draw = mean + (0.5 * logvar).exp() * posterior
+        draw = mean + (0.5 * logvar).exp() * to_device(randomness.normal(batch.seeds, "posterior", shape), device)
         sigmas = flow_sigmas(randomness.normal(batch.seeds, "sigma", ()), settings.noise, image_tokens=(side // 2) ** 2)
         return {
             "latents": (draw - vae.config.shift_factor) * vae.config.scaling_factor,
-            "noise": noise,
+            "noise": to_device(randomness.normal(batch.seeds, "noise", shape), device),
             "sigmas": to_device(sigmas, device),
             "guidance": None if guidance is None else torch.full(sigmas.shape, guidance, device=device),
             **prompt_embeddings(captions),

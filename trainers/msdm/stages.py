@@ -1,7 +1,6 @@
 """MSDM's two stages: first the autoencoder, then the denoiser in its latents."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,19 +10,18 @@ from data_shards import Batch, derive_seed
 from trainers import randomness
 from trainers.flops import pass_flops
 from trainers.msdm.conditioning import FrozenEncoders
+from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective
 from trainers.msdm.pipeline import MSDMPipeline
 from trainers.msdm.text_encoder import load_text_encoder
-from trainers.msdm.unet import build_scheduler, build_unet
+from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import TrainableVAE, build_vae, standardize
-from trainers.objectives import AutoencoderObjective, DenoisingObjective
+from trainers.objectives import AutoencoderObjective
 from trainers.pictures import to_pixels
 from trainers.recipe import MSDMRecipe
 from trainers.stage import Stage
-from trainers.timesteps import NoiseSchedule
 from trainers.transfer import to_device
 
 EMPTY_PROMPT = ""
-NORMAL_DRAWS = ("posterior", "noise")
 
 
 def vae_stage(recipe: MSDMRecipe, examples: Tensor, device: torch.device) -> Stage:
@@ -60,22 +58,10 @@ def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device)
     """Train the U-Net on the latents of a trained `vae`; previews draw the recipe's fixed prompts."""
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
     encoders = FrozenEncoders(vae, tokenizer, text_encoder, device)
-    noise_settings = recipe.denoiser.noise
-    schedule = NoiseSchedule.from_recipe(noise_settings).to(device)
-    latent_channels = recipe.vae.architecture.latent_channels
-    latent_side = recipe.data.resolution // recipe.vae.architecture.downsampling
+    objective = denoising_objective(recipe, device)
     embedding_dim = text_encoder.config.hidden_size
-
-    build = partial(
-        build_unet,
-        recipe.denoiser.architecture,
-        latent_channels=latent_channels,
-        latent_side=latent_side,
-        embedding_dim=embedding_dim,
-    )
-
     torch.manual_seed(derive_seed(recipe.seed, "denoiser"))
-    unet = build()
+    unet = build_denoiser(recipe, embedding_dim)
 
     def prepare(batch: Batch, is_training: bool) -> dict[str, Tensor]:
         captions = batch.captions
@@ -85,12 +71,11 @@ def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device)
         prompt_embeds, prompt_mask = encoders.prompts(captions)
         mean, logvar = encoders.moments(batch)
         shape = mean.shape[1:]
-        posterior, noise = (to_device(randomness.normal(batch.seeds, what, shape), device) for what in NORMAL_DRAWS)
-        draw = mean + (0.5 * logvar).exp() * posterior
-        timesteps = randomness.integers(batch.seeds, "timestep", schedule.num_timesteps)
+        draw = mean + (0.5 * logvar).exp() * to_device(randomness.normal(batch.seeds, "posterior", shape), device)
+        timesteps = randomness.integers(batch.seeds, "timestep", objective.schedule.num_timesteps)
         return {
             "latents": standardize(encoders.vae, draw),
-            "noise": noise,
+            "noise": to_device(randomness.normal(batch.seeds, "noise", shape), device),
             "timesteps": to_device(timesteps, device),
             "prompt_embeds": prompt_embeds,
             "prompt_mask": prompt_mask,
@@ -102,7 +87,7 @@ def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device)
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=model,
-            scheduler=build_scheduler(noise_settings, recipe.sampling),
+            scheduler=build_scheduler(recipe.denoiser.noise, recipe.sampling),
         )
         pipeline.set_progress_bar_config(disable=True)
         drawn = pipeline(
@@ -114,23 +99,11 @@ def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device)
         )
         return to_pixels(drawn.images * 2 - 1)
 
-    def objective_on(schedule: NoiseSchedule) -> DenoisingObjective:
-        return DenoisingObjective(schedule, noise_settings.prediction_type, noise_settings.min_snr_gamma)
-
-    latents = torch.zeros(1, latent_channels, latent_side, latent_side)
     return Stage(
         model=unet,
         prepare=prepare,
-        objective=objective_on(schedule),
+        objective=objective,
         preview=preview,
         num_previews=len(recipe.sampling.prompts),
-        flops_per_image=pass_flops(
-            build,
-            objective_on(schedule.to(torch.device("meta"))),
-            latents=latents,
-            noise=latents,
-            timesteps=torch.zeros(1, dtype=torch.int64),
-            prompt_embeds=torch.zeros(1, recipe.text_encoder.max_tokens, embedding_dim),
-            prompt_mask=torch.ones(1, recipe.text_encoder.max_tokens, dtype=torch.int64),
-        ),
+        flops_per_image=denoiser_flops(recipe, embedding_dim),
     )
