@@ -117,13 +117,14 @@ def train_stage(recipe: MSDMRecipe, stage_name: str, run: RunFolder, tracker: Tr
             family.export(recipe, stage_name, run, saving.folder, Path(run.model(stage_name)))
             shutil.rmtree(saving.folder)
 
+    family.prepare(recipe, stage_name, run, lambda what, done, total: None)
     stage, engine = family.build(recipe, stage_name, run, CPU)
     train(
         training=training,
         stage=stage,
         engine=engine,
-        stream=family.open_stream(recipe, stage_name, "train"),
-        validation=family.open_stream(recipe, stage_name, "validation"),
+        stream=family.open_stream(recipe, stage_name, run, "train"),
+        validation=family.open_stream(recipe, stage_name, run, "validation"),
         seed=recipe.seed,
         report=report,
     )

@@ -9,6 +9,10 @@ from rich.progress import Progress
 PLAIN_LINES = 4  # of each kind of work, where there is no terminal
 
 
+def is_worth_a_line(done: int, total: int) -> bool:
+    return done == total or done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total
+
+
 @contextmanager
 def progress_lines(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) to call as often as there is news."""
@@ -17,7 +21,7 @@ def progress_lines(console: Console) -> Iterator[Callable[[str, int, int], None]
 
         def show(what: str, done: int, total: int) -> None:
             if not console.is_terminal:
-                if done == total or done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total:
+                if is_worth_a_line(done, total):
                     console.print(f"{what}: {done}/{total}")
                 return
             if what not in tasks:

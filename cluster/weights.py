@@ -88,21 +88,23 @@ def weight_files(pretrained: str, component: str) -> Iterator[Path]:
             yield path
 
 
-def component_digest(pretrained: str, component: str) -> str:
+def component_digest(pretrained: str, component: str = "", patterns: Sequence[str] = DIGESTED) -> str:
     """SHA-256 over the names and contents of a component's configuration, vocabulary and weights.
 
-    Read in blocks, from where they are: neither memory nor disk ever holds a whole file. Large local files that stay
-    as they are, are read once (cluster/digests.py); what is remote, each time.
+    Without a component, of those of a model that has none and lies in its folder itself. Read in blocks, from where
+    they are: neither memory nor disk ever holds a whole file. Large local files that stay as they are, are read once
+    (cluster/digests.py); what is remote, each time.
     """
     if storage.is_remote(pretrained):
-        return _digest_below(storage.join(pretrained, component), pretrained)
-    with local_weights(pretrained, [f"{component}/{pattern}" for pattern in DIGESTED]) as folder:
-        return _digest_below(str(folder / component), pretrained)
+        return _digest_below(storage.join(pretrained, component) if component else pretrained, pretrained, patterns)
+    prefix = f"{component}/" if component else ""
+    with local_weights(pretrained, [f"{prefix}{pattern}" for pattern in patterns]) as folder:
+        return _digest_below(str(folder / component), pretrained, patterns)
 
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of all configuration, vocabulary and weights of a model's folder."""
-    return _digest_below(str(folder), str(folder))
+    return _digest_below(str(folder), str(folder), DIGESTED)
 
 
 def num_parameters(folder: Path) -> int:
@@ -152,8 +154,8 @@ def _listed(pretrained: str, fetched: Sequence[str], component: str = "") -> lis
         return storage.list_files(str(folder / component))
 
 
-def _digest_below(uri: str, pretrained: str) -> str:
-    names = [name for name in storage.list_files(uri) if any(fnmatchcase(name, pattern) for pattern in DIGESTED)]
+def _digest_below(uri: str, pretrained: str, patterns: Sequence[str]) -> str:
+    names = [name for name in storage.list_files(uri) if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
         component = PurePosixPath(uri).name
         raise UserError(f"'{pretrained}' has no {component}: is it a model in the diffusers layout?")

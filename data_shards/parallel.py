@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,12 @@ class Map(Protocol):
 def names_cluster() -> bool:
     """Whether RAY_ADDRESS names a cluster, as it does in its jobs."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to Ray, be it one of its own."""
+    ray: Any = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @contextmanager

@@ -15,10 +15,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +27,10 @@ from torch import Tensor
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
-from cluster.weights import component_digest, local_weights
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry, index_name
-from data_shards.parallel import names_cluster, on_named_cluster
-from data_shards.prompts import INDEX, PromptFile, PromptIndex, write_prompts
+from data_shards.parallel import is_connected, names_cluster, on_named_cluster
+from data_shards.prompts import AGAIN, FORMAT_VERSION, INDEX, Embeddings, PromptFile, PromptIndex, write_prompts
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
 from data_shards.stream import prefetched
@@ -40,30 +38,62 @@ from data_shards.writer import digest_of, write_tar
 
 logger = logging.getLogger(__name__)
 
-AGAIN = "run medsynth shards precompute RECIPE again"
 EMPTY_PROMPT = ""
 PROMPTS_PER_FILE = 64  # 256 MiB at FLUX's 512 tokens of 4096: little to encode again after a crash, few objects
 DECODING_THREADS = 4
 BATCHES_AHEAD = 2
-COMPONENTS = {
-    "vae": "the VAE",
-    "text_encoder": "the CLIP text encoder",
-    "tokenizer": "the CLIP tokenizer",
-    "text_encoder_2": "the T5 text encoder",
-    "tokenizer_2": "the T5 tokenizer",
-}
 # Names that files of a set have, also those half written by a killed process.
 OURS = re.compile(r"\.?(prompts-\d{6}\.safetensors|[^/]+-\d{6}\.tar|prompts\.json|manifest\.json)(\.|$)")
 
 Progress = Callable[[str, int, int], None]
-EncodePrompts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+EncodeImages = Callable[[Tensor], Tensor]
+EncodePrompts = Callable[[Sequence[str]], Embeddings]
+
+
+class Encoders(Protocol):
+    """A model's frozen encoders, by names: none is opened before it is asked for. Travels to processes that encode."""
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where they are from, for whoever reads the set's manifest."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a prompt."""
+        ...
+
+    @property
+    def components(self) -> Mapping[str, str]:
+        """What they are made of, as a person would call it, by names in the diffusers layout; `vae` is one."""
+        ...
+
+    def digest(self, component: str) -> str:
+        """Of all that the component's outputs follow from. Raises UserError if it is not there."""
+        ...
+
+    def text_dtype(self, device: str) -> str:
+        """What the text encoders compute in on a device."""
+        ...
+
+    def image_encoder(self, device: str) -> Callable[[Tensor], Tensor]:
+        """A function from images [B, 3, H, W] to moments [B, 2C, h, w]. Raises UserError if the VAE cannot be opened.
+
+        In float32 on any device: it is small and runs once, and its rounding would stay in the set. Stored so too:
+        512 KiB an image at 512 x 512, which is little beside the 4 MiB of FLUX's prompts.
+        """
+        ...
+
+    def prompt_encoder(self, device: str) -> Callable[[Sequence[str]], Embeddings]:
+        """A function from B prompts to their embeddings. Raises UserError if the encoders cannot be opened."""
+        ...
 
 
 @dataclass(frozen=True)
 class Job:
     shards: str
     out: str
-    pretrained: str
+    encoders: Encoders
     settings: Precomputed
     device: str
     batch_size: int
@@ -98,9 +128,8 @@ def precompute(
     shards: str,
     out: str,
     *,
-    pretrained: str,
+    encoders: Encoders,
     resolution: int,
-    max_tokens: int,
     horizontal_flip: bool,
     extra_prompts: Sequence[str] = (),
     device: str | None = None,
@@ -110,11 +139,11 @@ def precompute(
 ) -> Manifest:
     """Encode all images of `shards`, their distinct captions, the empty prompt and `extra_prompts`; write to `out`.
 
-    `pretrained` is a FLUX model in the diffusers layout. `device` is "cuda" where there is one, else "cpu". Where
-    RAY_ADDRESS names a cluster, its GPUs (or CPUs) each encode whole files: the set is the same. `on_encoded` is told
-    how many images this call encoded, and in how many seconds. A second call with the same arguments encodes nothing;
-    one after a killed call goes on where that was. What other arguments leave as it is (all images, where only a prompt
-    is new) is kept. Raises UserError if `out` holds something else.
+    `device` is "cuda" where there is one, else "cpu". Where RAY_ADDRESS names a cluster, its GPUs (or CPUs) each encode
+    whole files: the set is the same. `on_encoded` is told how many images this call encoded, and in how many seconds. A
+    second call with the same arguments encodes nothing; one after a killed call goes on where that was. What other
+    arguments leave as it is (all images, where only a prompt is new) is kept. Raises UserError if `out` holds something
+    else.
     """
     source = _images(shards)
     if storage.absolute(out) == storage.absolute(shards):
@@ -122,13 +151,12 @@ def precompute(
     storage.check_writable(out)
     with on_named_cluster():
         device = device or _best_device()
-        settings = _settings(source, pretrained, resolution, max_tokens, horizontal_flip, device)
-        if existing := _finished(out, settings, extra_prompts):
+        settings = _settings(source, encoders, resolution, horizontal_flip, device)
+        if existing := _finished(out, settings, encoders, extra_prompts):
             on_progress("already precomputed", len(existing.shards), len(existing.shards))
             return existing
         _unpublish(out)
-        places = (storage.absolute(shards), storage.absolute(out), storage.absolute_if_there(pretrained))
-        job = Job(*places, settings, device, batch_size)
+        job = Job(storage.absolute(shards), storage.absolute(out), encoders, settings, device, batch_size)
         encoded = _encode_shards(job, source, on_progress, on_encoded)
         # Extra prompts come last: others make another last file, and leave those before it.
         captions = [caption for piece in encoded for caption in piece.captions]
@@ -139,7 +167,7 @@ def precompute(
     undecodable = sum(len(piece.undecodable) for piece in encoded)
     manifest = Manifest(
         name=source.name,
-        source={"format": "precomputed", "uri": shards, "pretrained": pretrained},
+        source={"format": "precomputed", "uri": shards, **encoders.origin},
         split_rule=source.split_rule,
         groups=source.groups,
         captions=source.captions,
@@ -157,9 +185,8 @@ def check_precomputed(
     out: str,
     *,
     shards: str,
-    pretrained: str,
+    encoders: Encoders,
     resolution: int,
-    max_tokens: int,
     horizontal_flip: bool,
     prompts: Sequence[str] = (),
 ) -> Manifest:
@@ -170,8 +197,8 @@ def check_precomputed(
     known = _existing(out)
     if known is None or known.precomputed is None:
         raise UserError(f"no precomputed set at {out}: write it with medsynth shards precompute RECIPE")
-    settings = _settings(_images(shards), pretrained, resolution, max_tokens, horizontal_flip, "cpu")
-    for difference in _differences(known.precomputed, settings, PromptIndex.load(out), prompts):
+    settings = _settings(_images(shards), encoders, resolution, horizontal_flip, "cpu")
+    for difference in _differences(known.precomputed, settings, encoders.components, PromptIndex.load(out), prompts):
         raise UserError(f"precomputed set {out} is stale: {difference}; {AGAIN}")
     return known
 
@@ -186,28 +213,24 @@ def _images(shards: str) -> Manifest:
     return source
 
 
-def _settings(
-    source: Manifest, pretrained: str, resolution: int, max_tokens: int, horizontal_flip: bool, device: str
-) -> Precomputed:
+def _settings(source: Manifest, encoders: Encoders, resolution: int, horizontal_flip: bool, device: str) -> Precomputed:
     return Precomputed(
         source_digest=source.digest,
-        components={name: component_digest(pretrained, name) for name in COMPONENTS},
+        components={name: encoders.digest(name) for name in encoders.components},
         resolution=resolution,
-        max_tokens=max_tokens,
+        max_tokens=encoders.max_tokens,
         horizontal_flip=horizontal_flip,
-        dtypes={
-            "moments": "float32",
-            "prompt_embeds": "bfloat16",
-            "text_encoders": "float32" if device == "cpu" else "bfloat16",
-        },
+        dtypes={"moments": "float32", "prompt_embeds": "bfloat16", "text_encoders": encoders.text_dtype(device)},
     )
 
 
-def _differences(then: Precomputed, now: Precomputed, index: PromptIndex, prompts: Iterable[str]) -> Iterator[str]:
+def _differences(
+    then: Precomputed, now: Precomputed, words: Mapping[str, str], index: PromptIndex, prompts: Iterable[str]
+) -> Iterator[str]:
     """What of `now` the set made of `then` does not serve. Mirror images that are not asked for do no harm."""
     digests = {"source": ("the source shards", then.source_digest, now.source_digest)}
-    for name, words in COMPONENTS.items():
-        digests[name] = (f"{words} ({name})", then.components[name], now.components[name])
+    for name, word in words.items():
+        digests[name] = (f"{word} ({name})", then.components.get(name, "none"), now.components[name])
     for what, digest_then, digest_now in digests.values():
         if digest_then != digest_now:
             yield f"{what} changed (digest {digest_then[:12]} then, {digest_now[:12]} now)"
@@ -226,7 +249,7 @@ def _existing(out: str) -> Manifest | None:
     return Manifest.load(out) if storage.exists(storage.join(out, MANIFEST)) else None
 
 
-def _finished(out: str, settings: Precomputed, prompts: Sequence[str]) -> Manifest | None:
+def _finished(out: str, settings: Precomputed, encoders: Encoders, prompts: Sequence[str]) -> Manifest | None:
     """The set at `out` if it is whole and serves."""
     existing = _existing(out)
     if existing is None:
@@ -236,9 +259,12 @@ def _finished(out: str, settings: Precomputed, prompts: Sequence[str]) -> Manife
     found = set(storage.list_files(out))
     if INDEX not in found:
         return None
-    index = PromptIndex.load(out)
+    try:
+        index = PromptIndex.load(out)
+    except UserError:  # of another version, which what is made now takes the place of
+        return None
     names = {shard.name for shard in existing.shards} | {file.name for file in index.files}
-    serves = not any(_differences(existing.precomputed, settings, index, prompts))
+    serves = not any(_differences(existing.precomputed, settings, encoders.components, index, prompts))
     return existing if serves and names <= found else None
 
 
@@ -313,7 +339,8 @@ def _pieces(
 def _made(job: Job, tasks: Sequence[Task], make_encoder: Callable[[Job], Callable[[Task], P]]) -> Iterator[P]:
     if not tasks:
         return
-    if not names_cluster():
+    # A process of Ray's own takes the GPUs while it encodes, and gives them back: this one would keep its part of one.
+    if not names_cluster() and not (job.device == "cuda" and is_connected()):
         yield from map(make_encoder(job), tasks)
         return
     from cluster.runtime import grows, map_actors, total
@@ -348,17 +375,17 @@ def _encode_shards(
 
 
 def _image_encoder(job: Job) -> Callable[[Task], EncodedShard]:
-    vae = _load_vae(job)
-    return lambda task: _make(job.out, task.name, task.made_of, partial(_encode_shard, job, vae, task))
+    encode = job.encoders.image_encoder(job.device)
+    return lambda task: _make(job.out, task.name, task.made_of, partial(_encode_shard, job, encode, task))
 
 
-def _encode_shard(job: Job, vae: Any, task: Task) -> EncodedShard:
+def _encode_shard(job: Job, encode: EncodeImages, task: Task) -> EncodedShard:
     shard: ShardEntry = task.content
     captions: dict[str, None] = {}
     undecodable: list[str] = []
 
     def samples() -> Iterator[dict[str, str | bytes]]:
-        for sample, moments in _with_moments(job, vae, shard):
+        for sample, moments in _with_moments(job, encode, shard):
             captions.update(dict.fromkeys(sample.captions))
             if not moments:
                 undecodable.append(sample.key)
@@ -368,11 +395,11 @@ def _encode_shard(job: Job, vae: Any, task: Task) -> EncodedShard:
     return EncodedShard(shard=entry, captions=tuple(captions), undecodable=tuple(undecodable))
 
 
-def _with_moments(job: Job, vae: Any, shard: ShardEntry) -> Iterator[tuple[Encoded, dict[str, bytes]]]:
+def _with_moments(job: Job, encode: EncodeImages, shard: ShardEntry) -> Iterator[tuple[Encoded, dict[str, bytes]]]:
     """Each sample with its members of moments; one whose image cannot be decoded has none, and keeps its place."""
     for samples, images in prefetched(_decoded(job, shard), BATCHES_AHEAD):
         decodable = [image for image in images if image is not None]
-        members: Iterator[dict[str, bytes]] = iter(_moments(vae, torch.stack(decodable), job) if decodable else [])
+        members: Iterator[dict[str, bytes]] = iter(_moments(encode, torch.stack(decodable), job) if decodable else [])
         for sample, image in zip(samples, images, strict=True):
             yield sample, {} if image is None else next(members)
 
@@ -393,16 +420,12 @@ def _decoded(job: Job, shard: ShardEntry) -> Iterator[tuple[list[Encoded], list[
 
 
 @torch.inference_mode()
-def _moments(vae: Any, images: Tensor, job: Job) -> list[dict[str, bytes]]:
+def _moments(encode: EncodeImages, images: Tensor, job: Job) -> list[dict[str, bytes]]:
     """The members of moments of each of `images` [B, 3, H, W]."""
-
-    def encode(images: Tensor) -> list[bytes]:
-        posterior = vae.encode(images.to(job.device)).latent_dist
-        return [_npy(moments) for moments in torch.cat([posterior.mean, posterior.logvar], dim=1)]
-
-    variants = {MOMENTS_MEMBER: encode(images)}
+    images = images.to(job.device)
+    variants = {MOMENTS_MEMBER: [_npy(moments) for moments in encode(images)]}
     if job.settings.horizontal_flip:
-        variants[MIRRORED_MOMENTS_MEMBER] = encode(images.flip(-1))
+        variants[MIRRORED_MOMENTS_MEMBER] = [_npy(moments) for moments in encode(images.flip(-1))]
     return [dict(zip(variants, values, strict=True)) for values in zip(*variants.values(), strict=True)]
 
 
@@ -410,18 +433,6 @@ def _npy(tensor: Tensor) -> bytes:
     file = io.BytesIO()
     np.save(file, tensor.float().cpu().numpy(), allow_pickle=False)
     return file.getvalue()
-
-
-def _load_vae(job: Job) -> Any:
-    """In float32 on any device: it is small and runs once, and its rounding would stay in the set.
-
-    Stored so too: 512 KiB an image at 512 x 512, which is little beside the 4 MiB of a prompt.
-    """
-    from diffusers import AutoencoderKL
-
-    with local_weights(job.pretrained, ["vae/*"]) as folder, _loading("vae", job.pretrained):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
-    return vae.to(job.device).eval()
 
 
 # --- prompts ---
@@ -433,7 +444,7 @@ def _encode_prompts(job: Job, prompts: Sequence[str], on_progress: Progress) -> 
     tasks = []
     for number, start in enumerate(range(0, len(prompts), PROMPTS_PER_FILE)):
         some = prompts[start : start + PROMPTS_PER_FILE]
-        made_of = digest_of(some, text_parts, settings.max_tokens, settings.dtypes)
+        made_of = digest_of(some, text_parts, settings.max_tokens, settings.dtypes, FORMAT_VERSION)
         tasks.append(Task(f"prompts-{number:06d}.safetensors", made_of, some))
     files: list[PromptFile] = []
     for file in _pieces(job, tasks, _notes(job, PromptFile, tasks), _prompt_encoder):
@@ -443,53 +454,14 @@ def _encode_prompts(job: Job, prompts: Sequence[str], on_progress: Progress) -> 
 
 
 def _prompt_encoder(job: Job) -> Callable[[Task], PromptFile]:
-    encode = _load_text_encoders(job)
+    encode = job.encoders.prompt_encoder(job.device)
     return lambda task: _make(
         job.out, task.name, task.made_of, partial(_encode_file, job, encode, task.name, task.content)
     )
 
 
+@torch.inference_mode()
 def _encode_file(job: Job, encode: EncodePrompts, name: str, prompts: Sequence[str]) -> PromptFile:
-    batches = [prompts[start : start + job.batch_size] for start in range(0, len(prompts), job.batch_size)]
-    prompt_embeds, pooled_prompt_embeds = zip(*(encode(batch) for batch in batches), strict=True)
-    return write_prompts(job.out, name, prompts, torch.cat(prompt_embeds), torch.cat(pooled_prompt_embeds))
-
-
-def _load_text_encoders(job: Job) -> EncodePrompts:
-    """A function that encodes prompts to [B, L, D] and [B, P] as FluxPipeline does: T5 sees its padding unmasked."""
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # opening is quick; encoding has a bar of its own
-
-    parts = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-    how = {"dtype": getattr(torch, job.settings.dtypes["text_encoders"]), "use_safetensors": True}
-    with (
-        local_weights(job.pretrained, [f"{part}/*" for part in parts]) as folder,
-        _loading("text encoders", job.pretrained),
-    ):
-        clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
-        clip = CLIPTextModel.from_pretrained(folder / "text_encoder", **how).to(job.device).eval()
-        t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", **how).to(job.device).eval()
-
-    def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: Tensor = tokens.input_ids.to(job.device)
-        return ids
-
-    @torch.inference_mode()
-    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        prompt_embeds = t5(token_ids(t5_tokenizer, prompts, job.settings.max_tokens))[0]
-        pooled = clip(token_ids(clip_tokenizer, prompts, clip_tokenizer.model_max_length)).pooler_output
-        return prompt_embeds, pooled
-
-    return encode
-
-
-@contextmanager
-def _loading(what: str, pretrained: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the {what} of '{pretrained}': {str(error).splitlines()[0]}") from None
+    batches = [encode(prompts[start : start + job.batch_size]) for start in range(0, len(prompts), job.batch_size)]
+    embeddings = {part: torch.cat([batch[part] for batch in batches]) for part in batches[0]}
+    return write_prompts(job.out, name, prompts, embeddings)

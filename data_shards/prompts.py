@@ -1,16 +1,19 @@
 """Prompt embeddings: stored once for each distinct prompt, and fetched one prompt at a time.
 
-`prompts-000000.safetensors`, ... hold, for each prompt, T5's hidden states and CLIP's pooled output, side by side;
-`prompts.json` says where each prompt's bytes are.
+`prompts-000000.safetensors`, ... hold, for each prompt, all that its text encoders say of it, side by side: FLUX's
+prompt_embeds and pooled_prompt_embeds, MSDM's prompt_embeds and prompt_mask. `prompts.json` says where each prompt's
+bytes are.
 """
 
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from itertools import pairwise
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -23,14 +26,16 @@ from cluster.errors import UserError
 from data_shards.manifest import MAX_BYTES, FileName
 
 INDEX = "prompts.json"
-FETCH_THREADS = 4
+FORMAT_VERSION: Final = 2
+AGAIN = "precompute the set again (FLUX: medsynth shards precompute RECIPE; MSDM: start the training again)"
+FETCH_THREADS = 16  # a prompt is one request, and a batch may ask for as many as it has samples
 
-Pair = tuple[Tensor, Tensor]
-"""prompt_embeds [L, D] and pooled_prompt_embeds [P], bfloat16."""
+Embeddings = Mapping[str, Tensor]
+"""By name, bfloat16: of one prompt, or of B of them with that dimension first."""
 
 
 class PromptEntry(NamedTuple):
-    """Where a prompt's embeddings are in their file: the pooled ones, then those of its tokens."""
+    """Where a prompt's embeddings are in their file."""
 
     prompt: str
     offset: int
@@ -44,14 +49,13 @@ class PromptFile(BaseModel):
     name: FileName
     num_bytes: int
     sha256: str
-    max_tokens: int = Field(gt=0)
-    embedding_dim: int = Field(gt=0)
-    pooled_dim: int = Field(gt=0)
+    shapes: dict[str, tuple[Annotated[int, Field(gt=0)], ...]] = Field(min_length=1)
+    """Of a prompt's embeddings, in the order in which they lie side by side."""
     prompts: tuple[PromptEntry, ...]
 
     @model_validator(mode="after")
     def _prompts_lie_within(self) -> Self:
-        num_bytes = (self.max_tokens * self.embedding_dim + self.pooled_dim) * torch.bfloat16.itemsize
+        num_bytes = sum(map(math.prod, self.shapes.values())) * torch.bfloat16.itemsize
         for entry in self.prompts:
             if entry.length != num_bytes or not 0 <= entry.offset <= self.num_bytes - num_bytes:
                 raise ValueError(f"the embeddings of '{entry.prompt}' lie outside their file")
@@ -63,8 +67,14 @@ class PromptIndex(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(cached_property,))
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = FORMAT_VERSION
     files: tuple[PromptFile, ...]
+
+    @model_validator(mode="after")
+    def _files_agree(self) -> Self:
+        if any(file.shapes != self.files[0].shapes for file in self.files):
+            raise ValueError("its files hold embeddings of different shapes")
+        return self
 
     @classmethod
     def load(cls, precomputed_uri: str) -> "PromptIndex":
@@ -75,7 +85,7 @@ class PromptIndex(BaseModel):
         except storage.NotFoundError:
             raise UserError(f"no prompt embeddings at {precomputed_uri}: {INDEX} is not there") from None
         except ValidationError:
-            raise UserError(f"{uri} is damaged or of another version") from None
+            raise UserError(f"{uri} is damaged or of another version: {AGAIN}") from None
 
     def save(self, precomputed_uri: str) -> None:
         storage.write_bytes(storage.join(precomputed_uri, INDEX), self.model_dump_json().encode())
@@ -85,33 +95,30 @@ class PromptIndex(BaseModel):
         return {entry.prompt: (file, entry) for file in self.files for entry in file.prompts}
 
 
-def write_prompts(
-    out: str, name: str, prompts: Sequence[str], prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
-) -> PromptFile:
-    """Write embeddings [B, L, D] and [B, P] as one file, whole or not at all, and describe it."""
-    tensors: dict[str, Tensor] = {}
-    for number, (embeds, pooled) in enumerate(zip(prompt_embeds, pooled_prompt_embeds, strict=True)):
-        # safetensors lays tensors of one type out by name, so a prompt's two are neighbours: one read fetches both.
-        tensors[f"{number:06d}.pooled_prompt_embeds"] = pooled.to("cpu", torch.bfloat16).contiguous()
-        tensors[f"{number:06d}.prompt_embeds"] = embeds.to("cpu", torch.bfloat16).contiguous()
+def write_prompts(out: str, name: str, prompts: Sequence[str], embeddings: Embeddings) -> PromptFile:
+    """Write the embeddings of B prompts as one file, whole or not at all, and describe it."""
+    names = sorted(embeddings)
+    # safetensors lays tensors of one type out by name, so a prompt's are neighbours: one read fetches all.
+    tensors = {
+        f"{number:06d}.{part}": embeddings[part][number].to("cpu", torch.bfloat16).contiguous()
+        for number in range(len(prompts))
+        for part in names
+    }
     data = safetensors.torch.save(tensors, metadata={"prompts": json.dumps(prompts)})
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:header_bytes])
     entries = []
     for number, prompt in enumerate(prompts):
-        start, middle = header[f"{number:06d}.pooled_prompt_embeds"]["data_offsets"]
-        also_middle, stop = header[f"{number:06d}.prompt_embeds"]["data_offsets"]
-        assert middle == also_middle, "a prompt's two tensors are neighbours"
-        start, stop = header_bytes + start, header_bytes + stop
+        offsets = [header[f"{number:06d}.{part}"]["data_offsets"] for part in names]
+        assert all(stop == start for (_, stop), (start, _) in pairwise(offsets)), "a prompt's tensors are neighbours"
+        start, stop = header_bytes + offsets[0][0], header_bytes + offsets[-1][1]
         entries.append(PromptEntry(prompt, start, stop - start, zlib.crc32(memoryview(data)[start:stop])))
     storage.write_bytes(storage.join(out, name), data)
     return PromptFile(
         name=name,
         num_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        max_tokens=prompt_embeds.shape[1],
-        embedding_dim=prompt_embeds.shape[2],
-        pooled_dim=pooled_prompt_embeds.shape[1],
+        shapes={part: tuple(embeddings[part].shape[1:]) for part in names},
         prompts=tuple(entries),
     )
 
@@ -127,38 +134,35 @@ class PromptStore:
         self._uri = precomputed_uri
         self._places = PromptIndex.load(precomputed_uri).places
         self._room = max_bytes
-        self._kept: dict[str, Pair] = {}
+        self._kept: dict[str, Embeddings] = {}
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS)
 
-    def get(self, captions: list[str]) -> Pair:
-        """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P], bfloat16 on the CPU.
+    def get(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """By name, bfloat16 [B, ...] on the CPU.
 
-        Raises UserError naming a caption that is not in the set, or a file that is damaged.
+        Raises UserError naming a prompt that is not in the set, or a file that is damaged.
         """
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         fetched = dict(zip(missing, self._fetchers.map(self._fetch, missing), strict=True))
-        pairs = [fetched[caption] if caption in fetched else self._kept[caption] for caption in captions]
-        for caption, pair in fetched.items():
-            num_bytes = sum(tensor.nbytes for tensor in pair)
+        found = [fetched[prompt] if prompt in fetched else self._kept[prompt] for prompt in prompts]
+        for prompt, embeddings in fetched.items():
+            num_bytes = sum(tensor.nbytes for tensor in embeddings.values())
             if num_bytes <= self._room:
                 self._room -= num_bytes
-                self._kept[caption] = pair
-        prompt_embeds, pooled_prompt_embeds = zip(*pairs, strict=True)
-        return torch.stack(prompt_embeds), torch.stack(pooled_prompt_embeds)
+                self._kept[prompt] = embeddings
+        return {name: torch.stack([embeddings[name] for embeddings in found]) for name in found[0]}
 
-    def _fetch(self, caption: str) -> Pair:
-        if caption not in self._places:
-            raise UserError(
-                f"the prompt '{caption}' is not in {self._uri}: run medsynth shards precompute RECIPE again"
-            )
-        file, entry = self._places[caption]
+    def _fetch(self, prompt: str) -> Embeddings:
+        if prompt not in self._places:
+            raise UserError(f"the prompt '{prompt}' is not in {self._uri}: {AGAIN}")
+        file, entry = self._places[prompt]
         uri = storage.join(self._uri, file.name)
         data = storage.read_bytes(uri, entry.offset, entry.length)
         if (found := zlib.crc32(data)) != entry.crc32:
             raise UserError(
-                f"{uri} is damaged at the prompt '{caption}': CRC-32 {found:08x}, {INDEX} says {entry.crc32:08x}; "
-                f"remove {file.name} and run medsynth shards precompute RECIPE again"
+                f"{uri} is damaged at the prompt '{prompt}': CRC-32 {found:08x}, {INDEX} says {entry.crc32:08x}; "
+                f"remove {file.name} and {AGAIN}"
             )
         values = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
-        pooled, embeds = values[: file.pooled_dim], values[file.pooled_dim :]
-        return embeds.view(file.max_tokens, file.embedding_dim), pooled
+        parts = values.split([math.prod(shape) for shape in file.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(file.shapes.items(), parts, strict=True)}

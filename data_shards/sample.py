@@ -1,7 +1,8 @@
 """What travels: a record before writing, a batch after reading, and the source of all randomness."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class Batch:
     seeds: list[int]
     """A 63-bit seed for each sample and epoch, from which all its random draws follow."""
     is_precomputed: bool = False
+    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a precomputed set, the embeddings of the captions, bfloat16 [B, ...] by name."""
     weight: float = 1.0
     """What its mean loss counts for in its rank's sum, whose mean over ranks is the mean over the global batch; 0 for
     one that only keeps step with ranks that have more."""

@@ -2,7 +2,8 @@
 
 plan -> windows (one ranged read for each stretch) -> samples (checked, expanded) -> opened -> batches
 
-Shards of images and precomputed sets, which hold latent moments in their place, are streamed alike.
+Shards of images and precomputed sets, which hold latent moments in their place and prompt embeddings for the captions,
+are streamed alike.
 """
 
 import io
@@ -29,6 +30,7 @@ from data_shards.block_cache import BlockCache
 from data_shards.decode import ImageError, decode_into
 from data_shards.manifest import Manifest, Precomputed, check_present
 from data_shards.plan import Place, Plan, Stretch, WindowKey, deal, window_size
+from data_shards.prompts import PromptStore
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER, Batch, derive_seed
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
+PROMPT_MEMORY_BYTES = 2**30  # of one stream
 MAX_HEADER = 4096  # bytes of an array's; ours have 128
 
 
@@ -85,7 +88,7 @@ class ShardStream:
         self.replaced = 0
         """Samples that could not be decoded and gave their place to another."""
         self._uri = shards_uri
-        self._is_precomputed = manifest.precomputed is not None
+        self._prompts = PromptStore(shards_uri, PROMPT_MEMORY_BYTES) if manifest.precomputed else None
         self._open_into = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
         self._resolution = resolution
         self._memory = _Memory()
@@ -229,7 +232,7 @@ class ShardStream:
     @cached_property
     def _input_shape(self) -> tuple[int, ...]:
         """Of what a batch holds of one sample."""
-        if not self._is_precomputed:
+        if self._prompts is None:
             return 3, self._resolution, self._resolution
         [first] = self.read(Stretch(0, 0, 1))
         for candidate in self._from(first):
@@ -239,13 +242,15 @@ class ShardStream:
 
     def _batch(self, step: _Step, part: slice = slice(None)) -> Batch:
         samples, seeds = step.samples[part], step.seeds[part]
+        captions = [_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
         return Batch(
             inputs=torch.from_numpy(step.inputs[part]),
-            captions=[_caption(sample, seed) for sample, seed in zip(samples, seeds, strict=True)],
+            captions=captions,
             keys=[sample.key for sample in samples],
             flipped=step.flipped[part],
             seeds=seeds,
-            is_precomputed=self._is_precomputed,
+            is_precomputed=self._prompts is not None,
+            prompts=self._prompts.get(captions) if self._prompts else {},
         )
 
     def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:

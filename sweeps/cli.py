@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import UserError
+from cluster.progress import is_worth_a_line
 from sweeps.guidance_cli import run_guidance_sweep
 from sweeps.guidance_spec import load_guidance_spec
 from sweeps.lr_find_cli import run_lr_find
@@ -214,8 +215,8 @@ class TrialTable:
 
     def show_training(self, progress: "Progress") -> None:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if "loss" in name)
-        if figures:
-            self.say(f"{progress.stage}, for all trials: {progress.step}/{progress.steps} {figures}")
+        if figures or (progress.is_preparation and is_worth_a_line(progress.step, progress.steps)):
+            self.say(f"{progress.stage}, for all trials: {progress.step}/{progress.steps} {figures}".rstrip())
 
     def say(self, line: str) -> None:
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))

@@ -659,8 +659,11 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
 
     try:
         await_mlflow()
-        for shared in setting.shared:
-            _copy_model(RunFolder(storage.join(journal.uri, journal.shared_run)), run, shared)
+        shared = RunFolder(storage.join(journal.uri, journal.shared_run))
+        for stage in setting.shared:
+            _copy_model(shared, run, stage)
+        if setting.shared:
+            run.borrow_precomputed(shared)
         trained = train_recipe(
             recipe,
             journal.run_name(number),

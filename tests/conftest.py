@@ -21,6 +21,7 @@ from data_shards import Settings, write_shards
 from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
 from tests import servers
+from trainers.flux.encoders import FluxEncoders
 from trainers.recipe import MSDMRecipe
 
 DATA = Path(__file__).parent / "data"
@@ -166,9 +167,8 @@ def precomputed(shards: str, flux_folder: Path, tmp_path_factory: pytest.TempPat
     precompute(
         shards,
         out,
-        pretrained=str(flux_folder),
+        encoders=FluxEncoders(str(flux_folder), max_tokens=16),
         resolution=32,
-        max_tokens=16,
         horizontal_flip=True,
         extra_prompts=PREVIEW_PROMPTS,
         batch_size=4,

@@ -141,7 +141,9 @@ def manifest() -> bytes:
 
 
 def prompts(folder: Path) -> None:
-    file = write_prompts(str(folder), "prompts-000000.safetensors", ["a"], torch.ones(1, 2, 3), torch.ones(1, 4))
+    file = write_prompts(
+        str(folder), "prompts-000000.safetensors", ["a"], {"x": torch.ones(1, 2, 3), "y": torch.ones(1, 4)}
+    )
     (folder / "prompts.json").write_text(json.dumps({"files": [json.loads(file.model_dump_json())]}))
 
 

@@ -120,10 +120,15 @@ def precompute(
 ) -> None:
     """Encode a recipe's images and captions once, so that training needs no encoder; with RAY_ADDRESS, on its GPUs.
 
+    For FLUX; MSDM's own autoencoder is trained first, so `medsynth train` does it between the two stages.
+
     medsynth shards precompute recipes/flux-full-8gpu.yaml --set data.shards=my-shards
     """
-    loaded = _flux_recipe(recipe, overrides, "shards precompute")
+    loaded = _flux_recipe(
+        recipe, overrides, "shards precompute", instead=", which medsynth train precomputes for between its two stages"
+    )
     from data_shards.precompute import precompute as encode
+    from trainers.flux.encoders import FluxEncoders
 
     encoded: list[str] = []
 
@@ -135,9 +140,8 @@ def precompute(
         manifest = encode(
             loaded.data.shards,
             loaded.data.precomputed,
-            pretrained=loaded.pretrained,
+            encoders=FluxEncoders.of(loaded),
             resolution=loaded.data.resolution,
-            max_tokens=loaded.max_tokens,
             horizontal_flip=loaded.data.horizontal_flip,
             extra_prompts=loaded.sampling.prompts,
             batch_size=batch_size,
@@ -189,8 +193,8 @@ def export(
     )
 
 
-def _flux_recipe(uri: str, overrides: list[str] | None, command: str) -> FluxRecipe:
+def _flux_recipe(uri: str, overrides: list[str] | None, command: str, instead: str = "") -> FluxRecipe:
     loaded = load_recipe(uri, overrides or [])
     if not isinstance(loaded, FluxRecipe):
-        raise UserError(f"medsynth {command} is for FLUX; {uri} is of family {loaded.family}")
+        raise UserError(f"medsynth {command} is for FLUX; {uri} is of family {loaded.family}{instead}")
     return loaded

@@ -59,13 +59,14 @@ MEASURE_ATTEMPTS = 3  # of a process that measures a checkpoint and is killed
 
 @dataclass(frozen=True)
 class Progress:
-    """One report of a running stage."""
+    """One report of a running stage, or of what is made once before it is trained."""
 
-    stage: str
+    stage: str  # or what is being made
     step: int
     steps: int
     metrics: Mapping[str, float]
     unrecorded: int = 0  # reports that wait because MLflow does not answer
+    is_preparation: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def train_recipe(
 ) -> TrainedRun:
     """Train every stage, then export and register the model. A run that was stopped goes on under its name.
 
-    With `stages`, only these are trained, and nothing is registered. The last stage goes on from another run's
-    checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
+    With `stages`, only these are trained, what the next one reads is prepared, and nothing is registered. The last one
+    goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
 
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
@@ -122,11 +123,18 @@ def train_recipe(
         check_fits(recipe)
         tracker = _begin(recipe, manifest, run, run_name, tags or {})
         status: Status = "FAILED"
+
+        def on_preparing(what: str, done: int, total: int) -> None:
+            on_progress(Progress(what, done, total, {}, is_preparation=True))
+
         try:
             for stage in trained:
                 if not run.has_model(stage):
+                    family.prepare(recipe, stage, run, on_preparing)
                     begin = start_from if stage == trained[-1] else None
                     _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
+            for following in family.STAGES[len(trained) : len(trained) + 1]:
+                family.prepare(recipe, following, run, on_preparing)
             model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):

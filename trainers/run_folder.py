@@ -7,6 +7,8 @@ RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
 RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
+RUN/precomputed/    what the denoiser is trained on: the outputs of the finished autoencoder and of the text encoder
+RUN/borrowed        there if another run's is read in its place: its URI
 RUN/pictures/       previews
 RUN/stacks/         where the threads of a rank stood that was ended because it hung: see watchdog.py
 """
@@ -90,6 +92,30 @@ class RunFolder:
         document = read_json(marker)
         with parsing(marker):
             return {key: str(document[key]) for key in ("run_id", "tracking_uri")}
+
+    @property
+    def precomputed(self) -> str:
+        """The precomputed set that the run's last stage reads."""
+        return storage.read_bytes(self._borrowed).decode() if self.borrows_precomputed else self._own_precomputed
+
+    @property
+    def borrows_precomputed(self) -> bool:
+        return storage.exists(self._borrowed)
+
+    def borrow_precomputed(self, other: "RunFolder") -> None:
+        """Read another run's, which must have the very same autoencoder, as far as it serves."""
+        storage.write_bytes(self._borrowed, other.precomputed.encode())
+
+    def use_own_precomputed(self) -> None:
+        storage.delete(self._borrowed)
+
+    @property
+    def _own_precomputed(self) -> str:
+        return storage.join(self.uri, "precomputed")
+
+    @property
+    def _borrowed(self) -> str:
+        return storage.join(self.uri, "borrowed")
 
     @property
     def _stop_file(self) -> str:

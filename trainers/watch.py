@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cluster.progress import is_worth_a_line
+
 if TYPE_CHECKING:
     from trainers.launch import Progress, TrainedRun
 
@@ -34,7 +36,7 @@ class Watch:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Bars(
-            TextColumn("{task.description:>9}"),
+            TextColumn("{task.description:>16}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -65,10 +67,10 @@ class Watch:
             )
         figures = _figures(progress.metrics)
         if not self._console.is_terminal:
-            if not figures:
+            if not figures and not (progress.is_preparation and is_worth_a_line(progress.step, progress.steps)):
                 return
             elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
-            self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}")
+            self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}".rstrip())
             return
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.steps, figures="")

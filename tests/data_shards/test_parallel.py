@@ -21,6 +21,7 @@ from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
 from tests.conftest import PREVIEW_PROMPTS
 from tests.data_shards.test_writer import files
+from trainers.flux.encoders import FluxEncoders
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -107,9 +108,8 @@ def test_encoders_on_a_cluster_make_the_set_that_one_process_makes(
     """From paths that only this process's folder makes sense of, then from what is left of a run."""
     (tmp_path / "shards").symlink_to(shards)
     arguments: dict[str, Any] = {
-        "pretrained": str(flux_folder),
+        "encoders": FluxEncoders(str(flux_folder), max_tokens=16),
         "resolution": 32,
-        "max_tokens": 16,
         "horizontal_flip": True,
     }
     arguments |= {"extra_prompts": PREVIEW_PROMPTS, "batch_size": 4}

@@ -16,7 +16,6 @@ import webdataset
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor
 
-import data_shards.precompute as precompute_module
 from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, Settings, ShardStream, check_precomputed, write_shards
@@ -25,8 +24,9 @@ from data_shards.precompute import precompute
 from data_shards.prompts import PromptIndex
 from data_shards.reader import ShardReader
 from data_shards.sources import medvqa_records
-from tests.conftest import PREVIEW_PROMPTS
+from tests.conftest import DATA, PREVIEW_PROMPTS
 from tests.data_shards.test_stream import global_batches, joined, shards_with_an_undecodable_sample
+from trainers.flux.encoders import FluxEncoders
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +41,8 @@ def arguments(shards: str, flux_folder: Path) -> dict[str, Any]:
     """What the fixture `precomputed` was made of."""
     return {
         "shards": shards,
-        "pretrained": str(flux_folder),
+        "encoders": FluxEncoders(str(flux_folder), max_tokens=16),
         "resolution": 32,
-        "max_tokens": 16,
         "horizontal_flip": True,
     }
 
@@ -51,6 +50,10 @@ def arguments(shards: str, flux_folder: Path) -> dict[str, Any]:
 def run(arguments: dict[str, Any], out: str, **changes: Any) -> Manifest:
     defaults: dict[str, Any] = {"batch_size": 4, "extra_prompts": PREVIEW_PROMPTS}
     return precompute(**defaults | arguments | {"out": out} | changes)
+
+
+def encoders_of(folder: Path | str) -> FluxEncoders:
+    return FluxEncoders(str(folder), max_tokens=16)
 
 
 def content(folder: str) -> dict[str, bytes]:
@@ -175,7 +178,8 @@ def test_any_webdataset_reader_opens_it(shards: str, precomputed: str, vae: Auto
 def test_prompts_are_encoded_as_flux_pipeline_encodes_them(shards: str, precomputed: str, flux_folder: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(flux_folder, transformer=None, vae=None)
     prompts = ["", *sorted(distinct_captions(shards))[:6], *PREVIEW_PROMPTS]
-    prompt_embeds, pooled = PromptStore(precomputed, max_bytes=0).get(prompts)
+    embeddings = PromptStore(precomputed, max_bytes=0).get(prompts)
+    prompt_embeds, pooled = embeddings["prompt_embeds"], embeddings["pooled_prompt_embeds"]
     assert prompt_embeds.shape == (10, 16, 64)
     assert prompt_embeds.dtype == pooled.dtype == torch.bfloat16
     with torch.no_grad():
@@ -196,11 +200,12 @@ def test_each_distinct_prompt_is_stored_once(shards: str, precomputed: str, monk
         with safetensors.safe_open(f"{precomputed}/{file.name}", "pt") as tensors:
             assert json.loads(tensors.metadata()["prompts"]) == [entry.prompt for entry in file.prompts]
             by_name = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        prompt_embeds, pooled = PromptStore(precomputed, max_bytes=0).get([entry.prompt for entry in file.prompts])
+        found = PromptStore(precomputed, max_bytes=0).get([entry.prompt for entry in file.prompts])
+        assert found.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
         assert len(by_name) == 2 * len(file.prompts)
         for number in range(len(file.prompts)):
-            assert torch.equal(by_name[f"{number:06d}.prompt_embeds"], prompt_embeds[number])
-            assert torch.equal(by_name[f"{number:06d}.pooled_prompt_embeds"], pooled[number])
+            for name, values in found.items():
+                assert torch.equal(by_name[f"{number:06d}.{name}"], values[number])
 
 
 def test_prompts_are_read_once_each_as_far_as_memory_allows(precomputed: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,14 +221,14 @@ def test_prompts_are_read_once_each_as_far_as_memory_allows(precomputed: str, mo
     monkeypatch.setattr(storage, "read_bytes", counted)
     first = store.get(["a polyp", "", "a polyp", "a small polyp"])
     assert [length for _, _, length in reads] == [one_prompt] * 3
-    assert torch.equal(first[0][0], first[0][2])
+    assert torch.equal(first["prompt_embeds"][0], first["prompt_embeds"][2])
     again = store.get(["a polyp", "", "a polyp", "a small polyp"])
     assert len(reads) == 4, "two are kept, the third is read again"
-    assert all(map(torch.equal, first, again))
+    assert all(torch.equal(values, again[name]) for name, values in first.items())
 
 
 def test_a_prompt_that_is_missing_or_damaged_is_named(precomputed: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the prompt 'a unicorn' is not in .*precompute RECIPE again"):
+    with pytest.raises(UserError, match=r"the prompt 'a unicorn' is not in .*precompute the set again"):
         PromptStore(precomputed, max_bytes=0).get(["a polyp", "a unicorn"])
     out = shutil.copytree(precomputed, tmp_path / "out")
     file, entry = PromptIndex.load(str(out)).places["a polyp"]
@@ -262,27 +267,27 @@ def test_other_weights_are_refused_by_name(
     folder = shutil.copytree(flux_folder, tmp_path / "model")
     with (folder / changed).open("ab") as file:
         file.write(b" ")
-    with pytest.raises(UserError, match=rf"^precomputed set {precomputed} is stale: {message}.*; run medsynth shards"):
-        check_precomputed(precomputed, **arguments | {"pretrained": str(folder)})
+    with pytest.raises(UserError, match=rf"^precomputed set {precomputed} is stale: {message}.*; precompute the set"):
+        check_precomputed(precomputed, **arguments | {"encoders": encoders_of(folder)})
     # What the set does not depend on may change.
     folder = shutil.copytree(flux_folder, tmp_path / "other-transformer")
     (folder / "transformer" / "config.json").write_text("{}")
     (folder / "vae" / "README.md").write_text("words")
-    check_precomputed(precomputed, **arguments | {"pretrained": str(folder)})
+    check_precomputed(precomputed, **arguments | {"encoders": encoders_of(folder)})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"resolution": 48}, "resolution was 32 then, is 48 now"),
-        ({"max_tokens": 32}, "max_tokens was 16 then, is 32 now"),
+        ({"encoders": FluxEncoders(str(DATA / "flux-tiny"), max_tokens=32)}, "max_tokens was 16 then, is 32 now"),
         ({"prompts": ["a polyp", "a unicorn"]}, "the prompt 'a unicorn' is not in it"),
     ],
 )
 def test_other_settings_are_refused_by_name(
     precomputed: str, arguments: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=f"^precomputed set {precomputed} is stale: {message}; run medsynth shards"):
+    with pytest.raises(UserError, match=f"^precomputed set {precomputed} is stale: {message}; precompute the set"):
         check_precomputed(precomputed, **arguments | changes)
 
 
@@ -314,7 +319,7 @@ def test_places_that_cannot_be_meant_are_refused(shards: str, precomputed: str, 
     with pytest.raises(UserError, match="is a precomputed set itself"):
         run(arguments, "out", shards=precomputed)
     with pytest.raises(UserError, match="no vae: is it a model in the diffusers layout"):
-        run(arguments, "out", pretrained=shards)
+        run(arguments, "out", encoders=encoders_of(shards))
 
 
 # --- again, and after a crash ---
@@ -322,7 +327,7 @@ def test_places_that_cannot_be_meant_are_refused(shards: str, precomputed: str, 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
-        monkeypatch.setattr(precompute_module, name, lambda *_: pytest.fail("encoders are not needed"))
+        monkeypatch.setattr(FluxEncoders, name, lambda *_: pytest.fail("encoders are not needed"))
 
 
 def test_a_second_run_encodes_nothing_and_new_prompts_encode_only_prompts(
@@ -331,12 +336,12 @@ def test_a_second_run_encodes_nothing_and_new_prompts_encode_only_prompts(
     out = str(shutil.copytree(precomputed, tmp_path / "out"))
     before = content(out)
     with monkeypatch.context() as patch:
-        forbid(patch, "_load_vae", "_load_text_encoders")
+        forbid(patch, "image_encoder", "prompt_encoder")
         assert run(arguments, out) == Manifest.load(precomputed)
         assert run(arguments, out, horizontal_flip=False, extra_prompts=()) == Manifest.load(precomputed)
     assert content(out) == before
     with monkeypatch.context() as patch:
-        forbid(patch, "_load_vae")
+        forbid(patch, "image_encoder")
         run(arguments, out, extra_prompts=[*PREVIEW_PROMPTS, "a new prompt"])
     check_precomputed(out, **arguments, prompts=["a new prompt"])
     # A set follows from its arguments alone, not from what was there before.
@@ -355,7 +360,8 @@ def test_a_lost_file_is_made_again(precomputed: str, arguments: dict[str, Any], 
 
 def test_other_settings_replace_what_they_change(precomputed: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     out, fresh = str(shutil.copytree(precomputed, tmp_path / "out")), str(tmp_path / "fresh")
-    changes = {"resolution": 48, "max_tokens": 8, "extra_prompts": ()}
+    encoders = FluxEncoders(arguments["encoders"].pretrained, max_tokens=8)
+    changes = {"resolution": 48, "encoders": encoders, "extra_prompts": ()}
     for place in (out, fresh):
         run(arguments, place, **changes)
     assert content(out) == content(fresh)
@@ -365,6 +371,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from data_shards.precompute import precompute
+from trainers.flux.encoders import FluxEncoders
 
 replace = Path.replace
 
@@ -375,7 +382,7 @@ def killed(self, target):
     return replace(self, target)
 
 Path.replace = killed
-precompute(sys.argv[2], sys.argv[3], pretrained=sys.argv[4], resolution=32, max_tokens=16, horizontal_flip=True,
+precompute(sys.argv[2], sys.argv[3], encoders=FluxEncoders(sys.argv[4], 16), resolution=32, horizontal_flip=True,
            extra_prompts=sys.argv[5:], batch_size=4)
 """
 
@@ -387,7 +394,7 @@ def test_runs_killed_in_the_middle_of_a_file_are_completed_to_the_same_bytes(
     out = str(tmp_path / "out")
     finished = {"small-train-000002.tar": 2, "prompts-000000.safetensors": len(Manifest.load(precomputed).shards)}
     for name, num_shards in finished.items():
-        command = [sys.executable, "-c", KILLED, name, arguments["shards"], out, arguments["pretrained"]]
+        command = [sys.executable, "-c", KILLED, name, arguments["shards"], out, arguments["encoders"].pretrained]
         ended = subprocess.run([*command, *PREVIEW_PROMPTS], cwd=ROOT, check=False)
         assert ended.returncode == -signal.SIGKILL
         names = storage.list_files(out)
@@ -409,19 +416,19 @@ def test_from_and_to_object_storage(
 ) -> None:
     model, out = f"{bucket}/flux", f"{bucket}/cache"
     storage.upload_folder(flux_folder, model)
-    remote = run(arguments, out, shards=s3_shards, pretrained=model)
+    remote = run(arguments, out, shards=s3_shards, encoders=encoders_of(model))
     local = Manifest.load(precomputed)
     assert remote.digest == local.digest
     assert remote.precomputed == local.precomputed
-    check_precomputed(out, **arguments | {"shards": s3_shards, "pretrained": model}, prompts=PREVIEW_PROMPTS)
+    check_precomputed(out, **arguments | {"shards": s3_shards, "encoders": encoders_of(model)}, prompts=PREVIEW_PROMPTS)
     assert content(out).keys() == content(precomputed).keys()
     for ours, theirs in zip(
         global_batches(out, 2, 2, resolution=32), global_batches(precomputed, 2, 2, resolution=32), strict=True
     ):
         assert torch.equal(ours.pop("inputs"), theirs.pop("inputs"))
         assert ours == theirs
-    prompts = ["", "a polyp"]
-    assert all(map(torch.equal, PromptStore(out, 0).get(prompts), PromptStore(precomputed, 0).get(prompts)))
+    ours, theirs = (PromptStore(place, 0).get(["", "a polyp"]) for place in (out, precomputed))
+    assert all(torch.equal(values, theirs[name]) for name, values in ours.items())
 
 
 def test_opening_shards_loads_no_models_library() -> None:

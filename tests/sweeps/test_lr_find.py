@@ -147,7 +147,7 @@ def test_a_range_test_until_the_loss_blows_up(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_document))
     autoencoder = RunFolder(str(tmp_path / "runs" / "tested"))  # as if it was trained before the test was cut off
-    vae_model(MSDMRecipe.model_validate(recipe_document), autoencoder, tmp_path)
+    vae_model(MSDMRecipe.model_validate(recipe_document), autoencoder)
     autoencoder.mark_complete("vae")
     console = Console(file=StringIO(), width=200)
     overrides = ["denoiser.training.global_batch_size=8", "denoiser.training.micro_batch_size=8"]

@@ -49,6 +49,8 @@ def test_two_ranks_then_one_then_two_again(
     world_sizes: list[int] = []
 
     def change_the_cluster(progress: Progress) -> None:
+        if progress.is_preparation:
+            return
         world_size = int(progress.metrics["world_size"])
         if world_size == 2 and not world_sizes:
             machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)

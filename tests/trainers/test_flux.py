@@ -18,6 +18,7 @@ from data_shards.sources.table import records_of
 from tests.conftest import DATA
 from tests.trainers.test_loop import CPU, Reports
 from trainers.families import flux
+from trainers.flux.encoders import FluxEncoders
 from trainers.flux.export import export_adapters, write_safetensors
 from trainers.generate import load_model
 from trainers.pictures import to_pixels
@@ -57,9 +58,8 @@ def four_images(flux_folder: Path, flux_document: dict[str, Any], tmp_path: Path
     precompute(
         shards,
         cache,
-        pretrained=recipe.pretrained,
+        encoders=FluxEncoders.of(recipe),
         resolution=64,
-        max_tokens=recipe.max_tokens,
         horizontal_flip=False,
         extra_prompts=CAPTIONS,
     )
@@ -89,7 +89,7 @@ def test_four_images_learned_by_heart_come_back(four_images: FluxRecipe, tmp_pat
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    (batch,) = flux.open_stream(recipe, "transformer", "train").one_pass(4)
+    (batch,) = flux.open_stream(recipe, "transformer", run, "train").one_pass(4)
     vae = pipeline.vae
     with torch.no_grad():
         decoded = (vae.decode(batch.moments.chunk(2, dim=1)[0]).sample / 2 + 0.5).clamp(0, 1)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cluster import storage
-from tests.trainers.test_loop import CPU, Reports
+from tests.trainers.test_loop import CPU, Reports, prepare_denoiser
 from trainers.families import msdm
 from trainers.generate import generate
 from trainers.launch import Progress, TrainedRun, train_recipe
@@ -117,8 +117,10 @@ def begin_with_vae(recipe: MSDMRecipe, *names: str) -> None:
     train_rank(recipe, "vae", first, device=CPU, report=reports, resume_from=None)
     msdm.export(recipe, "vae", first, reports.checkpoints[max(reports.checkpoints)], Path(first.model("vae")))
     first.mark_complete("vae")
+    prepare_denoiser(recipe, first)
     for other in others:
         shutil.copytree(first.model("vae"), other.model("vae"))
+        other.borrow_precomputed(first)
 
 
 def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(

@@ -73,19 +73,25 @@ def with_training(recipe: MSDMRecipe, stage: str, **changes: Any) -> MSDMRecipe:
     return MSDMRecipe.model_validate(document)
 
 
-def vae_model(recipe: MSDMRecipe, run: RunFolder, tmp_path: Path) -> None:
+def vae_model(recipe: MSDMRecipe, run: RunFolder) -> None:
     """A barely trained autoencoder in the run's folder, which the denoiser stage starts from; trained in bf16."""
     reports = Reports()
     recipe = with_training(recipe, "vae", steps=2, precision="bf16")
     train_rank(recipe, "vae", run, device=CPU, report=reports, resume_from=None)
-    batches = next(msdm.open_stream(recipe, "vae", "train").batches())
+    batches = next(msdm.open_stream(recipe, "vae", run, "train").batches())
     export_vae(recipe, reports.checkpoints[2], batches, Path(run.model("vae")))
+
+
+def prepare_denoiser(recipe: MSDMRecipe, run: RunFolder) -> None:
+    """Precompute what the denoiser is trained on, with the run's autoencoder."""
+    msdm.prepare(recipe, "denoiser", run, lambda what, done, total: None)
 
 
 @pytest.fixture
 def run(recipe: MSDMRecipe, tmp_path: Path) -> RunFolder:
     folder = RunFolder(str(tmp_path / "run"))
-    vae_model(recipe, folder, tmp_path)
+    vae_model(recipe, folder)
+    prepare_denoiser(recipe, folder)
     return folder
 
 
@@ -111,8 +117,8 @@ def train_asked(recipe: MSDMRecipe, run: RunFolder, report: Report, **asked: Any
         training=recipe.denoiser.training,
         stage=stage,
         engine=engine,
-        stream=msdm.open_stream(recipe, "denoiser", "train"),
-        validation=msdm.open_stream(recipe, "denoiser", "validation"),
+        stream=msdm.open_stream(recipe, "denoiser", run, "train"),
+        validation=msdm.open_stream(recipe, "denoiser", run, "validation"),
         seed=recipe.seed,
         report=report,
         **asked,
@@ -235,8 +241,8 @@ def train_poisoned(recipe: MSDMRecipe, stage: Stage, reports: Reports) -> DDPEng
         training=recipe.vae.training,
         stage=stage,
         engine=engine,
-        stream=msdm.open_stream(recipe, "vae", "train"),
-        validation=msdm.open_stream(recipe, "vae", "validation"),
+        stream=msdm.open_stream(recipe, "vae", RunFolder.of(recipe, "poisoned"), "train"),
+        validation=msdm.open_stream(recipe, "vae", RunFolder.of(recipe, "poisoned"), "validation"),
         seed=0,
         report=reports,
     )

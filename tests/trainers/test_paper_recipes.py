@@ -8,7 +8,7 @@ import torch
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records, roco_records
 from tests.conftest import DATA
-from tests.trainers.test_loop import CPU, Reports
+from tests.trainers.test_loop import CPU, Reports, prepare_denoiser
 from trainers.families import msdm
 from trainers.msdm.export import export_pipeline, export_vae
 from trainers.msdm.pipeline import MSDMPipeline
@@ -81,8 +81,9 @@ def test_it_trains_and_draws_at_reduced_depth(
     run = RunFolder(str(tmp_path / "run"))
     vae, denoiser = Reports(), Reports()
     assert train_rank(recipe, "vae", run, device=CPU, report=vae, resume_from=None) == 2
-    batches = next(msdm.open_stream(recipe, "vae", "train").batches())
+    batches = next(msdm.open_stream(recipe, "vae", run, "train").batches())
     export_vae(recipe, vae.checkpoints[2], batches, Path(run.model("vae")))
+    prepare_denoiser(recipe, run)
     assert train_rank(recipe, "denoiser", run, device=CPU, report=denoiser, resume_from=None) == 2
     for reports in (vae, denoiser):
         assert all(torch.isfinite(torch.tensor(value)) for value in reports.metrics[2].values())

@@ -67,6 +67,7 @@ def recipe_for(document: dict[str, Any], shards: str, *, steps: int, learning_ra
 def train(recipe: MSDMRecipe, stage: str, run: RunFolder) -> Path:
     """Train a stage in this process and export it to where the run keeps its finished model."""
     reports, steps = Reports(), msdm.training_of(recipe, stage).steps
+    msdm.prepare(recipe, stage, run, lambda what, done, total: None)
     train_rank(recipe, stage, run, device=torch.device("cpu"), report=reports, resume_from=None)
     out = Path(run.model(stage))
     msdm.export(recipe, stage, run, reports.checkpoints[steps], out)

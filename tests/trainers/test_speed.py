@@ -43,7 +43,7 @@ def test_compiled_blocks_compute_the_same(recipe: MSDMRecipe, run: RunFolder) ->
     for is_compiled in (False, True):
         stage, _ = msdm.build(recipe, "denoiser", run, CPU)
         engine = DDPEngine(stage.model, with_training(recipe, "denoiser", compile=is_compiled).denoiser.training, CPU)
-        [batch, *_] = next(msdm.open_stream(recipe, "denoiser", "train").batches())
+        [batch, *_] = next(msdm.open_stream(recipe, "denoiser", run, "train").batches())
         prepared = stage.prepare(batch, True)
         loss = stage.objective(engine.model, **prepared).mean()
         engine.backward(loss, is_last_micro_batch=True)
@@ -68,7 +68,7 @@ class Waits(TorchDispatchMode):
 
 def test_no_step_asks_the_device(recipe: MSDMRecipe, run: RunFolder) -> None:
     stage, engine = msdm.build(recipe, "denoiser", run, CPU)
-    batches = msdm.open_stream(recipe, "denoiser", "train").batches()
+    batches = msdm.open_stream(recipe, "denoiser", run, "train").batches()
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -91,7 +91,7 @@ def test_no_step_asks_the_device(recipe: MSDMRecipe, run: RunFolder) -> None:
 def test_a_gpu_is_never_waited_for(recipe: MSDMRecipe, run: RunFolder) -> None:
     device = torch.device("cuda")
     stage, engine = msdm.build(recipe, "denoiser", run, device)
-    batches = msdm.open_stream(recipe, "denoiser", "train").batches()
+    batches = msdm.open_stream(recipe, "denoiser", run, "train").batches()
 
     def step() -> None:
         loss = torch.zeros((), device=device)

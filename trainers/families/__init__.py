@@ -3,7 +3,7 @@
 A module is read only when its family is trained: MSDM does not need DeepSpeed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,6 +19,9 @@ from trainers.recipe import Recipe, Training
 from trainers.recipe.blocks import Cache
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
+
+Preparing = Callable[[str, int, int], None]
+"""(what is done, how many are done, of how many)."""
 
 
 class Family(Protocol):
@@ -39,7 +42,13 @@ class Family(Protocol):
         """Raises UserError, before a worker starts, if the cluster's machines could never hold the training."""
         ...
 
-    def open_stream(self, recipe: Any, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+    def prepare(self, recipe: Any, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+        """Make, once, what a stage reads besides the recipe's data. Raises UserError if it cannot be made."""
+        ...
+
+    def open_stream(
+        self, recipe: Any, stage: str, run: RunFolder, split: str, *, rank: int = 0, world_size: int = 1
+    ) -> ShardStream:
         """What a stage reads."""
         ...
 

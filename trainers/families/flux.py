@@ -13,7 +13,8 @@ from cluster.errors import UserError
 from cluster.nodes import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
-from trainers.families import check_splits, stream_from
+from trainers.families import Preparing, check_splits, stream_from
+from trainers.flux.encoders import FluxEncoders
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
 from trainers.recipe import FluxRecipe, Training
 from trainers.run_folder import RunFolder
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 STAGES = ("transformer",)
-PROMPT_MEMORY_BYTES = 2**31
+PREVIEW_PROMPTS_BYTES = 2**30
 
 
 def training_of(recipe: FluxRecipe, stage: str) -> Training:
@@ -52,9 +53,8 @@ def check(recipe: FluxRecipe) -> Manifest:
     precomputed = check_precomputed(
         recipe.data.precomputed,
         shards=recipe.data.shards,
-        pretrained=recipe.pretrained,
+        encoders=FluxEncoders.of(recipe),
         resolution=recipe.data.resolution,
-        max_tokens=recipe.max_tokens,
         horizontal_flip=recipe.data.horizontal_flip,
         prompts=recipe.sampling.prompts,
     )
@@ -68,7 +68,13 @@ def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
     plan.check_fits(recipe, nodes)
 
 
-def open_stream(recipe: FluxRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+def prepare(recipe: FluxRecipe, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+    """Nothing: `check` has found it prepared, by `medsynth shards precompute`."""
+
+
+def open_stream(
+    recipe: FluxRecipe, stage: str, run: RunFolder, split: str, *, rank: int = 0, world_size: int = 1
+) -> ShardStream:
     training = recipe.transformer.training
     return stream_from(recipe.data.precomputed, recipe, training, split, rank=rank, world_size=world_size)
 
@@ -80,7 +86,7 @@ def build(recipe: FluxRecipe, stage: str, run: RunFolder, device: torch.device) 
     transformer = _transformer(recipe, device)
     set_activation_checkpointing(transformer, recipe.transformer.activation_checkpointing)
     vae, scheduler = load_decoding_parts(recipe.pretrained)
-    prompts = PromptStore(recipe.data.precomputed, max_bytes=PROMPT_MEMORY_BYTES)
+    prompts = PromptStore(recipe.data.precomputed, max_bytes=PREVIEW_PROMPTS_BYTES)
     # FluxPipeline hands the decoder latents in the transformer's precision.
     built = transformer_stage(recipe, transformer, vae.to(device, _precision(recipe)), scheduler, prompts, device)
     return built, _engine(recipe, transformer, device)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from cluster.errors import UserError
 from cluster.nodes import Node
-from data_shards import Manifest, ShardStream
+from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
-from trainers.families import check_splits, stream_from
+from trainers.families import Preparing, check_splits, stream_from
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder, finished_model
 from trainers.stage import Stage
@@ -20,6 +21,7 @@ from trainers.stage import Stage
 STAGES = ("vae", "denoiser")
 NUM_VAE_EXAMPLES = 8
 LATENT_STATISTICS_SAMPLES = 256
+PREVIEW_PROMPTS_BYTES = 2**26
 
 
 def training_of(recipe: MSDMRecipe, stage: str) -> Training:
@@ -39,9 +41,46 @@ def check_fits(recipe: MSDMRecipe, nodes: Sequence[Node]) -> None:
     """Nothing is refused: what MSDM takes, any GPU made for training has."""
 
 
-def open_stream(recipe: MSDMRecipe, stage: str, split: str, *, rank: int = 0, world_size: int = 1) -> ShardStream:
+def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+    """For the denoiser: the latents' moments of all images and the embeddings of all prompts, by frozen encoders."""
+    if stage == "vae":
+        return
+    from data_shards.precompute import precompute
+    from trainers.msdm.encoders import MSDMEncoders
+
+    encoders, data, prompts = MSDMEncoders.of(recipe, run), recipe.data, recipe.sampling.prompts
+    if run.borrows_precomputed:
+        try:
+            check_precomputed(
+                run.precomputed,
+                shards=data.shards,
+                encoders=encoders,
+                resolution=data.resolution,
+                horizontal_flip=data.horizontal_flip,
+                prompts=prompts,
+            )
+        except UserError:  # it draws other prompts than the run that it would borrow from
+            run.use_own_precomputed()
+        else:
+            return
+    precompute(
+        data.shards,
+        run.precomputed,
+        encoders=encoders,
+        resolution=data.resolution,
+        horizontal_flip=data.horizontal_flip,
+        extra_prompts=prompts,
+        device="cuda" if recipe.cluster.use_gpu else "cpu",
+        on_progress=on_progress,
+    )
+
+
+def open_stream(
+    recipe: MSDMRecipe, stage: str, run: RunFolder, split: str, *, rank: int = 0, world_size: int = 1
+) -> ShardStream:
     training = training_of(recipe, stage)
-    return stream_from(recipe.data.shards, recipe, training, split, rank=rank, world_size=world_size)
+    shards = recipe.data.shards if stage == "vae" else run.precomputed
+    return stream_from(shards, recipe, training, split, rank=rank, world_size=world_size)
 
 
 def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
@@ -56,7 +95,7 @@ def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out
 
     if stage == "vae":
         steps = -(-LATENT_STATISTICS_SAMPLES // recipe.vae.training.global_batch_size)
-        batches = islice(open_stream(recipe, stage, "train").batches(), steps)
+        batches = islice(open_stream(recipe, stage, run, "train").batches(), steps)
         export_vae(recipe, checkpoint, [micro_batch for step in batches for micro_batch in step], out)
     else:
         with finished_model(run.model("vae")) as vae:
@@ -69,8 +108,8 @@ def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device)
     from trainers.msdm.stages import denoiser_stage, vae_stage
 
     if stage == "vae":
-        examples = islice(open_stream(recipe, stage, "validation").one_pass(NUM_VAE_EXAMPLES), 1)
+        examples = islice(open_stream(recipe, stage, run, "validation").one_pass(NUM_VAE_EXAMPLES), 1)
         return vae_stage(recipe, torch.cat([batch.images for batch in examples]), device)
     with finished_model(run.model("vae")) as folder:
         vae = AutoencoderKL.from_pretrained(folder)
-    return denoiser_stage(recipe, vae, device)
+    return denoiser_stage(recipe, vae, PromptStore(run.precomputed, PREVIEW_PROMPTS_BYTES), device)

@@ -11,6 +11,7 @@ from trainers import randomness
 from trainers.flux.footprint import footprint
 from trainers.objectives import RectifiedFlowObjective
 from trainers.pictures import to_pixels
+from trainers.precomputed import on_device, posterior_draw, prompt_embeddings
 from trainers.recipe import FluxRecipe
 from trainers.stage import Stage
 from trainers.timesteps import flow_sigmas
@@ -29,36 +30,26 @@ def transformer_stage(
 ) -> Stage:
     """Train `transformer`; previews draw the recipe's fixed prompts with the unmodified FluxPipeline.
 
-    Of `vae` only the decoder is used, and only by previews: images and captions were encoded beforehand. Its precision
-    is the one that the transformer computes in.
+    Of `vae` only the decoder is used, and of `prompts` those of previews: images and captions were encoded beforehand.
+    The precision of `vae` is the one that the transformer computes in.
     """
     settings = recipe.transformer
     dtype = vae.dtype
     side = recipe.data.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     guidance = settings.guidance_embedding
 
-    def prompt_embeddings(captions: list[str]) -> dict[str, Tensor]:
-        embeds, pooled = prompts.get(captions)
-        return {
-            "prompt_embeds": to_device(embeds, device).to(dtype),
-            "pooled_prompt_embeds": to_device(pooled, device).to(dtype),
-        }
+    empty = on_device(prompts.get([EMPTY_PROMPT]), device, dtype)
 
     def prepare(batch: Batch, is_training: bool) -> dict[str, Tensor | None]:
-        captions = batch.captions
-        if is_training:
-            dropped = (randomness.uniform(batch.seeds, "caption_dropout") < settings.caption_dropout).tolist()
-            captions = [EMPTY_PROMPT if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        mean, logvar = to_device(batch.moments, device).chunk(2, dim=1)
-        shape = mean.shape[1:]
-        draw = mean + (0.5 * logvar).exp() * to_device(randomness.normal(batch.seeds, "posterior", shape), device)
+        draw = posterior_draw(batch, device)
+        caption_dropout = settings.caption_dropout if is_training else 0.0
         sigmas = flow_sigmas(randomness.normal(batch.seeds, "sigma", ()), settings.noise, image_tokens=(side // 2) ** 2)
         return {
             "latents": (draw - vae.config.shift_factor) * vae.config.scaling_factor,
-            "noise": to_device(randomness.normal(batch.seeds, "noise", shape), device),
+            "noise": to_device(randomness.normal(batch.seeds, "noise", draw.shape[1:]), device),
             "sigmas": to_device(sigmas, device),
             "guidance": None if guidance is None else torch.full(sigmas.shape, guidance, device=device),
-            **prompt_embeddings(captions),
+            **prompt_embeddings(batch, empty, caption_dropout, device, dtype),
         }
 
     def preview(model: nn.Module, which: Sequence[int]) -> Tensor:
@@ -73,9 +64,9 @@ def transformer_stage(
         )
         pipeline.set_progress_bar_config(disable=True)
         sampling = recipe.sampling
-        negative = {f"negative_{name}": value for name, value in prompt_embeddings([EMPTY_PROMPT] * len(which)).items()}
+        negative = {f"negative_{name}": value.expand(len(which), *value.shape[1:]) for name, value in empty.items()}
         drawn = pipeline(
-            **prompt_embeddings([sampling.prompts[i] for i in which]),
+            **on_device(prompts.get([sampling.prompts[i] for i in which]), device, dtype),
             **(negative if sampling.true_cfg_scale > 1 else {}),
             height=recipe.data.resolution,
             width=recipe.data.resolution,

@@ -49,7 +49,7 @@ class MSDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
         negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
@@ -58,6 +58,10 @@ class MSDMPipeline(DiffusionPipeline):
         precision: str = "fp32",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
@@ -71,19 +75,23 @@ class MSDMPipeline(DiffusionPipeline):
                 encoder and decoder keep theirs.
             generator: one for all, or one for each prompt, which makes a picture independent of its neighbours.
             latents: initial noise [B, C, h, w], instead of drawing it.
+            prompt_embeds, prompt_mask: [B, L, D] and [B, L] as of `encode_prompts`, instead of prompts; so the negative
+                ones, of which one row serves all. With both, no text encoder is needed.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]).
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         steps = num_inference_steps or self.config.default_num_inference_steps
-        prompt_embeds, prompt_mask = self.encode_prompts(prompts)
+        if prompt_embeds is None or prompt_mask is None:
+            prompt_embeds, prompt_mask = self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+        num_images = len(prompt_embeds)
         is_guided = guidance_scale != 1
         if is_guided:
-            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            negative_embeds, negative_mask = self.encode_prompts(list(negatives))
-            prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
-            prompt_mask = torch.cat([negative_mask, prompt_mask])
-        latents = self.initial_latents(len(prompts), generator) if latents is None else latents.to(self.device)
+            if negative_prompt_embeds is None or negative_prompt_mask is None:
+                negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+                negative_prompt_embeds, negative_prompt_mask = self.encode_prompts(negatives)
+            prompt_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
+            prompt_mask = torch.cat([negative_prompt_mask.expand_as(prompt_mask), prompt_mask])
+        latents = self.initial_latents(num_images, generator) if latents is None else latents.to(self.device)
         scheduler = self._scheduler(sampler)
         scheduler.set_timesteps(steps, device=self.device)
         latents = latents * scheduler.init_noise_sigma

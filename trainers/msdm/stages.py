@@ -6,17 +6,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from data_shards import Batch, derive_seed
+from data_shards import Batch, PromptStore, derive_seed
 from trainers import randomness
 from trainers.flops import pass_flops
-from trainers.msdm.conditioning import FrozenEncoders
 from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective
 from trainers.msdm.pipeline import MSDMPipeline
-from trainers.msdm.text_encoder import load_text_encoder
 from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import TrainableVAE, build_vae, standardize
 from trainers.objectives import AutoencoderObjective
 from trainers.pictures import to_pixels
+from trainers.precomputed import on_device, posterior_draw, prompt_embeddings
 from trainers.recipe import MSDMRecipe
 from trainers.stage import Stage
 from trainers.transfer import to_device
@@ -54,44 +53,44 @@ def vae_stage(recipe: MSDMRecipe, examples: Tensor, device: torch.device) -> Sta
     )
 
 
-def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, device: torch.device) -> Stage:
-    """Train the U-Net on the latents of a trained `vae`; previews draw the recipe's fixed prompts."""
-    tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
-    encoders = FrozenEncoders(vae, tokenizer, text_encoder, device)
+def denoiser_stage(recipe: MSDMRecipe, vae: AutoencoderKL, prompts: PromptStore, device: torch.device) -> Stage:
+    """Train the U-Net on the latents of a trained `vae`; previews draw the recipe's fixed prompts.
+
+    Of `vae` only the decoder is used, and of `prompts` those of previews: images and captions were encoded beforehand.
+    """
+    vae = vae.to(device).eval().requires_grad_(False)
     objective = denoising_objective(recipe, device)
-    embedding_dim = text_encoder.config.hidden_size
+    empty = on_device(prompts.get([EMPTY_PROMPT]), device, torch.float32)
+    embedding_dim = empty["prompt_embeds"].shape[-1]
     torch.manual_seed(derive_seed(recipe.seed, "denoiser"))
     unet = build_denoiser(recipe, embedding_dim)
 
     def prepare(batch: Batch, is_training: bool) -> dict[str, Tensor]:
-        captions = batch.captions
-        if is_training:
-            dropped = (randomness.uniform(batch.seeds, "caption_dropout") < recipe.denoiser.caption_dropout).tolist()
-            captions = [EMPTY_PROMPT if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        prompt_embeds, prompt_mask = encoders.prompts(captions)
-        mean, logvar = encoders.moments(batch)
-        shape = mean.shape[1:]
-        draw = mean + (0.5 * logvar).exp() * to_device(randomness.normal(batch.seeds, "posterior", shape), device)
+        draw = posterior_draw(batch, device)
         timesteps = randomness.integers(batch.seeds, "timestep", objective.schedule.num_timesteps)
+        caption_dropout = recipe.denoiser.caption_dropout if is_training else 0.0
         return {
-            "latents": standardize(encoders.vae, draw),
-            "noise": to_device(randomness.normal(batch.seeds, "noise", shape), device),
+            "latents": standardize(vae, draw),
+            "noise": to_device(randomness.normal(batch.seeds, "noise", draw.shape[1:]), device),
             "timesteps": to_device(timesteps, device),
-            "prompt_embeds": prompt_embeds,
-            "prompt_mask": prompt_mask,
+            **prompt_embeddings(batch, empty, caption_dropout, device, torch.float32),
         }
 
     def preview(model: nn.Module, which: Sequence[int]) -> Tensor:
         pipeline = MSDMPipeline(
-            vae=encoders.vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
             unet=model,
             scheduler=build_scheduler(recipe.denoiser.noise, recipe.sampling),
         )
         pipeline.set_progress_bar_config(disable=True)
+        conditional = on_device(prompts.get([recipe.sampling.prompts[i] for i in which]), device, torch.float32)
         drawn = pipeline(
-            [recipe.sampling.prompts[i] for i in which],
+            prompt_embeds=conditional["prompt_embeds"],
+            prompt_mask=conditional["prompt_mask"],
+            negative_prompt_embeds=empty["prompt_embeds"],
+            negative_prompt_mask=empty["prompt_mask"],
             guidance_scale=recipe.sampling.guidance_scale,
             num_inference_steps=recipe.sampling.num_inference_steps,
             generator=[torch.Generator().manual_seed(derive_seed(recipe.seed, "preview", i)) for i in which],
