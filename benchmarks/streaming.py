@@ -47,6 +47,7 @@ from data_shards.block_cache import BlockCache
 from data_shards.decode import decode_into
 from data_shards.manifest import Precomputed, ShardEntry
 from data_shards.plan import Plan, window_size
+from data_shards.prompts import PromptIndex, write_prompts
 from data_shards.writer import write_tar
 
 BATCH, WORKERS, SHARD_SAMPLES, RESUMED_AT = 32, 2, 1000, 0.9
@@ -56,6 +57,7 @@ LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 CHUNK = 2**20  # memory that is used again: pages of new memory for a whole shard take longer than reading it
 REQUEST = 2**26  # bytes of what a limit asks S3 for at a time
 LATENTS = (16, 32, 32)  # mean and log-variance of 8 channels: the study's autoencoder at 256 x 256
+PROMPT = (64, 768)  # tokens and width of its text encoder
 
 
 # --- the data, once for each contender ---
@@ -498,6 +500,11 @@ def write_latents(folder: Path, count: int) -> None:
         source_digest="", components={}, resolution=256, max_tokens=1, horizontal_flip=False, dtypes={}
     )
     write_ours(folder, samples, settings)
+    captions = ("", "a polyp")
+    embeddings = {"prompt_embeds": torch.zeros(2, *PROMPT), "prompt_mask": torch.ones(2, PROMPT[0])}
+    PromptIndex(files=(write_prompts(str(folder), "prompts-000000.safetensors", captions, embeddings),)).save(
+        str(folder)
+    )
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

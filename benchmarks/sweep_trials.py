@@ -177,8 +177,9 @@ def _shared(folder: Path) -> RunFolder:
 
 
 def _give_autoencoder(folder: Path, run: RunFolder) -> None:
-    """Put the trained autoencoder where `run` would leave its own, so that it trains none."""
+    """Put the trained autoencoder where `run` would leave its own, so that it trains none, and share its latents."""
     shutil.copytree(_shared(folder).model("vae"), run.model("vae"), dirs_exist_ok=True)
+    run.borrow_precomputed(_shared(folder))
 
 
 # --- search: steps to a good recipe ---

@@ -153,7 +153,6 @@ def precompute(
         device = device or _best_device()
         settings = _settings(source, encoders, resolution, horizontal_flip, device)
         if existing := _finished(out, settings, encoders, extra_prompts):
-            on_progress("already precomputed", len(existing.shards), len(existing.shards))
             return existing
         _unpublish(out)
         job = Job(storage.absolute(shards), storage.absolute(out), encoders, settings, device, batch_size)

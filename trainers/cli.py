@@ -130,11 +130,11 @@ def precompute(
     from data_shards.precompute import precompute as encode
     from trainers.flux.encoders import FluxEncoders
 
-    encoded: list[str] = []
+    speed = "; all of it was there"
 
     def note_speed(images: int, seconds: float) -> None:
-        if images:
-            encoded.append(f" and {seconds / images * 1000:.3g} s")
+        nonlocal speed
+        speed = f", encoded in {seconds / images * 1000:.3g} s per 1,000" if images else ""
 
     with progress_lines(console) as on_progress:
         manifest = encode(
@@ -153,7 +153,7 @@ def precompute(
     megabytes = sum(shard.num_bytes for shard in manifest.shards) / 1e6
     console.print(
         f"{total} samples at {loaded.data.precomputed}, digest {manifest.digest[:12]}: "
-        f"{megabytes / total * 1000:.3g} MB{''.join(encoded)} per 1,000 images, prompts aside",
+        f"{megabytes / total * 1000:.3g} MB per 1,000 images, prompts aside{speed}",
         soft_wrap=True,
     )
 
