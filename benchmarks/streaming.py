@@ -502,9 +502,8 @@ def write_latents(folder: Path, count: int) -> None:
     write_ours(folder, samples, settings)
     captions = ("", "a polyp")
     embeddings = {"prompt_embeds": torch.zeros(2, *PROMPT), "prompt_mask": torch.ones(2, PROMPT[0])}
-    PromptIndex(files=(write_prompts(str(folder), "prompts-000000.safetensors", captions, embeddings),)).save(
-        str(folder)
-    )
+    prompts = write_prompts(str(folder), "prompts-000000.safetensors", captions, embeddings)
+    PromptIndex(files=(prompts,)).save(str(folder))
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards on a local disk, block by block; of what does not fit, the blocks not used for longest are given up."""
+"""Files on a local disk, block by block; of what does not fit, the blocks not used for longest are given up."""
 
 import fcntl
 import logging
@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 from cluster import counters, storage
 from cluster.errors import UserError
-from data_shards.manifest import ShardEntry
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,20 @@ TURNS = 64  # far more than threads that read, so that few wait for another bloc
 HALF_WRITTEN = "half-"
 
 
-class BlockCache:
-    """Blocks of shards in `folder`, at most `max_bytes` of them, shared by all processes that name it.
+class Cacheable(Protocol):
+    """A file that never changes under its SHA-256: a shard, or a file of prompt embeddings."""
 
-    A block is known by its shard's SHA-256: shards written anew are never answered from blocks of the old. It takes
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class BlockCache:
+    """Blocks of files in `folder`, at most `max_bytes` of them, shared by all processes that name it.
+
+    A block is known by its file's SHA-256: shards written anew are never answered from blocks of the old. It takes
     its name when it is whole. Ten processes writing at once stay within the limit, or where it is less than a hundred
     blocks, may go over it by a block each.
     """
@@ -44,45 +54,45 @@ class BlockCache:
         except OSError as error:
             raise UserError(f"the cache {folder} cannot be made: {error.strerror}; name another folder") from None
 
-    def read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of a shard. Blocks that are not here are fetched, neighbours together, and by
+    def read(self, uri: str, source: Cacheable, start: int, length: int) -> bytes:
+        """Bytes [start, start + length) of a file. Blocks that are not here are fetched, neighbours together, and by
         one thread of those that begin in the same block."""
-        with self._turns[hash((shard.sha256, start // self._block_bytes)) % len(self._turns)]:
-            return self._read(uri, shard, start, length)
+        with self._turns[hash((source.sha256, start // self._block_bytes)) % len(self._turns)]:
+            return self._read(uri, source, start, length)
 
-    def _read(self, uri: str, shard: ShardEntry, start: int, length: int) -> bytes:
+    def _read(self, uri: str, source: Cacheable, start: int, length: int) -> bytes:
         size, stop = self._block_bytes, start + length
         parts = {
             number: slice(max(start - number * size, 0), min(stop - number * size, size))
             for number in range(start // size, (stop - 1) // size + 1)
         }
-        found = {number: self._kept(shard, number, part) for number, part in parts.items()}
+        found = {number: self._kept(source, number, part) for number, part in parts.items()}
         missing = [number for number, data in found.items() if data is None]
         counters.count("cache_hits", len(found) - len(missing))
         counters.count("cache_misses", len(missing))
         for begin, end in _runs(missing):
-            data = storage.read_bytes(uri, begin * size, min(end * size, shard.num_bytes) - begin * size)
+            data = storage.read_bytes(uri, begin * size, min(end * size, source.num_bytes) - begin * size)
             for number in range(begin, end):
                 block = data[(number - begin) * size : (number - begin + 1) * size]
-                self._keep(shard, number, block)
+                self._keep(source, number, block)
                 found[number] = block[parts[number]]
         return b"".join(data or b"" for data in found.values())
 
-    def forget(self, shard: ShardEntry, start: int, length: int) -> None:
-        """Give up the blocks under these bytes of a shard, which turned out not to be its own."""
+    def forget(self, source: Cacheable, start: int, length: int) -> None:
+        """Give up the blocks under these bytes of a file, which turned out not to be its own."""
         for number in range(start // self._block_bytes, (start + length - 1) // self._block_bytes + 1):
-            self._path(shard, number).unlink(missing_ok=True)
+            self._path(source, number).unlink(missing_ok=True)
 
-    def _path(self, shard: ShardEntry, number: int) -> Path:
-        return self._folder / f"{shard.sha256}-{number:06d}"
+    def _path(self, source: Cacheable, number: int) -> Path:
+        return self._folder / f"{source.sha256}-{number:06d}"
 
-    def _kept(self, shard: ShardEntry, number: int, part: slice) -> bytes | None:
+    def _kept(self, source: Cacheable, number: int, part: slice) -> bytes | None:
         """Part of a block, if all of it is here."""
         try:
-            with self._path(shard, number).open("rb") as file:
+            with self._path(source, number).open("rb") as file:
                 os.utime(file.fileno())  # it is the last used now
                 # After a power failure a file may have its name before its bytes.
-                expected = min(self._block_bytes, shard.num_bytes - number * self._block_bytes)
+                expected = min(self._block_bytes, source.num_bytes - number * self._block_bytes)
                 if os.fstat(file.fileno()).st_size != expected:
                     return None
                 file.seek(part.start)
@@ -90,12 +100,12 @@ class BlockCache:
         except FileNotFoundError:  # never fetched, or given up by another process this very moment
             return None
 
-    def _keep(self, shard: ShardEntry, number: int, block: bytes) -> None:
+    def _keep(self, source: Cacheable, number: int, block: bytes) -> None:
         """A cache that cannot be written, as on a full disk, is a slow one, no fault of the training."""
         try:
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=HALF_WRITTEN, delete=False) as file:
                 file.write(block)
-            Path(file.name).replace(self._path(shard, number))
+            Path(file.name).replace(self._path(source, number))
         except OSError as error:
             logger.warning("a block is not kept in the cache %s: %s", self._folder, error.strerror)
             return

@@ -22,6 +22,10 @@ FileName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
 """Of a file beside the document that names it: what it says is read, and at times deleted."""
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""Of a file, which blocks of it in a cache are named by."""
+
+
 class SampleEntry(NamedTuple):
     """Where one sample is in its shard: the bytes of all its members, tar headers included."""
 
@@ -38,7 +42,7 @@ class ShardEntry(BaseModel):
     split: str
     num_samples: int = Field(gt=0)
     num_bytes: int
-    sha256: str
+    sha256: Sha256
     index_sha256: str
 
     @property

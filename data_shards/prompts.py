@@ -8,7 +8,6 @@ bytes are.
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -17,13 +16,16 @@ from typing import Annotated, Final, Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
+from isal.isal_zlib import crc32
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from cluster import storage
 from cluster.documents import read_small
 from cluster.errors import UserError
-from data_shards.manifest import MAX_BYTES, FileName
+from data_shards.block_cache import BlockCache
+from data_shards.manifest import MAX_BYTES, FileName, Sha256
+from data_shards.reader import read_checked
 
 INDEX = "prompts.json"
 FORMAT_VERSION: Final = 2
@@ -48,7 +50,7 @@ class PromptFile(BaseModel):
 
     name: FileName
     num_bytes: int
-    sha256: str
+    sha256: Sha256
     shapes: dict[str, tuple[Annotated[int, Field(gt=0)], ...]] = Field(min_length=1)
     """Of a prompt's embeddings, in the order in which they lie side by side."""
     prompts: tuple[PromptEntry, ...]
@@ -112,7 +114,7 @@ def write_prompts(out: str, name: str, prompts: Sequence[str], embeddings: Embed
         offsets = [header[f"{number:06d}.{part}"]["data_offsets"] for part in names]
         assert all(stop == start for (_, stop), (start, _) in pairwise(offsets)), "a prompt's tensors are neighbours"
         start, stop = header_bytes + offsets[0][0], header_bytes + offsets[-1][1]
-        entries.append(PromptEntry(prompt, start, stop - start, zlib.crc32(memoryview(data)[start:stop])))
+        entries.append(PromptEntry(prompt, start, stop - start, crc32(memoryview(data)[start:stop])))
     storage.write_bytes(storage.join(out, name), data)
     return PromptFile(
         name=name,
@@ -126,12 +128,13 @@ def write_prompts(out: str, name: str, prompts: Sequence[str], embeddings: Embed
 class PromptStore:
     """The prompt embeddings of a precomputed set, those used first kept in memory up to `max_bytes`.
 
-    Later ones are fetched each time they are asked for: where all do not fit, prompts come in random order, and then
-    no choice of which to keep is better than another.
+    Later ones are fetched each time they are asked for, through the `cache` on disk if there is one: where all do not
+    fit, prompts come in random order, and then no choice of which to keep is better than another.
     """
 
-    def __init__(self, precomputed_uri: str, max_bytes: int) -> None:
+    def __init__(self, precomputed_uri: str, max_bytes: int, cache: BlockCache | None = None) -> None:
         self._uri = precomputed_uri
+        self._cache = cache
         self._places = PromptIndex.load(precomputed_uri).places
         self._room = max_bytes
         self._kept: dict[str, Embeddings] = {}
@@ -157,10 +160,14 @@ class PromptStore:
             raise UserError(f"the prompt '{prompt}' is not in {self._uri}: {AGAIN}")
         file, entry = self._places[prompt]
         uri = storage.join(self._uri, file.name)
-        data = storage.read_bytes(uri, entry.offset, entry.length)
-        if (found := zlib.crc32(data)) != entry.crc32:
+
+        def is_damaged(data: bytes) -> bool:
+            return bool(crc32(data) != entry.crc32)
+
+        data, damaged = read_checked(uri, file, entry.offset, entry.length, self._cache, is_damaged)
+        if damaged:
             raise UserError(
-                f"{uri} is damaged at the prompt '{prompt}': CRC-32 {found:08x}, {INDEX} says {entry.crc32:08x}; "
+                f"{uri} is damaged at the prompt '{prompt}': its CRC-32 is not the one in {INDEX}; "
                 f"remove {file.name} and {AGAIN}"
             )
         values = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)

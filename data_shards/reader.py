@@ -4,9 +4,10 @@ import io
 import logging
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TypeVar
 
 from isal.isal_zlib import crc32
 from pydantic_core import from_json
@@ -14,11 +15,12 @@ from pydantic_core import from_json
 from cluster import counters, storage
 from cluster.documents import parsing
 from cluster.errors import UserError
-from data_shards.block_cache import BlockCache
+from data_shards.block_cache import BlockCache, Cacheable
 from data_shards.decode import ImageError
 from data_shards.manifest import Manifest, SampleEntry, ShardEntry, read_index
 from data_shards.sample import ABOUT_MEMBER, IMAGE_MEMBERS
 
+D = TypeVar("D")
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
@@ -64,21 +66,37 @@ class ShardReader:
         return samples
 
     def _checked(self, uri: str, shard: ShardEntry, entries: Sequence[SampleEntry]) -> bytes:
-        """The bytes of consecutive samples. What a network or a cache got wrong is not wrong when read again."""
+        """The bytes of consecutive samples."""
         begin, length = entries[0].offset, entries[-1].offset + entries[-1].length - entries[0].offset
-        data = self._cache.read(uri, shard, begin, length) if self._cache else storage.read_bytes(uri, begin, length)
-        if _damaged(data, entries):
-            counters.count("storage_read_retries")
-            logger.warning("reading %s again: its bytes are not those of the manifest", uri)
-            if self._cache:
-                self._cache.forget(shard, begin, length)
-            data = storage.read_bytes(uri, begin, length)
-            if bad := _damaged(data, entries):
-                raise UserError(
-                    f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the "
-                    f"manifest says {shard.sha256}; write the shards again, or fetch them again"
-                )
+        data, bad = read_checked(uri, shard, begin, length, self._cache, lambda data: _damaged(data, entries))
+        if bad:
+            raise UserError(
+                f"{uri} is damaged at sample '{bad.key}': the shard has SHA-256 {storage.sha256(uri)}, the "
+                f"manifest says {shard.sha256}; write the shards again, or fetch them again"
+            )
         return data
+
+
+def read_checked(
+    uri: str,
+    file: Cacheable,
+    begin: int,
+    length: int,
+    cache: BlockCache | None,
+    damage_in: Callable[[bytes], D | None],
+) -> tuple[bytes, D | None]:
+    """Bytes of a file, and the damage found in them even when read again: what a network or a cache got wrong is not
+    wrong then."""
+    data = cache.read(uri, file, begin, length) if cache else storage.read_bytes(uri, begin, length)
+    damage = damage_in(data)
+    if damage:
+        counters.count("storage_read_retries")
+        logger.warning("reading %s again: its bytes are not those of its index", uri)
+        if cache:
+            cache.forget(file, begin, length)
+        data = storage.read_bytes(uri, begin, length)
+        damage = damage_in(data)
+    return data, damage
 
 
 def _damaged(data: bytes, entries: Sequence[SampleEntry]) -> SampleEntry | None:

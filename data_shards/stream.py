@@ -88,7 +88,7 @@ class ShardStream:
         self.replaced = 0
         """Samples that could not be decoded and gave their place to another."""
         self._uri = shards_uri
-        self._prompts = PromptStore(shards_uri, PROMPT_MEMORY_BYTES) if manifest.precomputed else None
+        self._prompts = PromptStore(shards_uri, PROMPT_MEMORY_BYTES, cache) if manifest.precomputed else None
         self._open_into = _opener(shards_uri, manifest.precomputed, resolution, horizontal_flip)
         self._resolution = resolution
         self._memory = _Memory()

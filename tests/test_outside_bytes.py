@@ -108,7 +108,7 @@ def described(folder: Path, data: bytes, *keys: str) -> ShardEntry:
         for key, start, stop in parts
         if stop > start
     )
-    index = ShardIndex(made_of="", num_bytes=len(data), sha256="", samples=samples)
+    index = ShardIndex(made_of="", num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=samples)
     return index.save(str(folder), name="s.tar", split="train")
 
 
@@ -126,7 +126,7 @@ def shard_index() -> bytes:
 def parse_shard_index(path: Path) -> Any:
     """As whoever wrote it described it in the manifest."""
     described_by = {"index_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": len(shard())}
-    entry = ShardEntry(name="s.tar", split="train", num_samples=2, sha256="", **described_by)  # type: ignore[arg-type]
+    entry = ShardEntry(name="s.tar", split="train", num_samples=2, sha256="0" * 64, **described_by)  # type: ignore[arg-type]
     return read_index(str(path.parent), entry)
 
 
@@ -493,10 +493,25 @@ def test_a_manifest_names_no_file_outside_its_folder(name: str, tmp_path: Path) 
         Manifest.load(str(tmp_path))
 
 
+def test_a_digest_names_no_file_outside_the_cache(tmp_path: Path) -> None:
+    """Blocks of a shard, and of prompt embeddings, are kept under it."""
+    document = json.loads(manifest())
+    document["shards"][0]["sha256"] = "../../over-there"
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"manifest.json is damaged or of another version: shards.0.sha256"):
+        Manifest.load(str(tmp_path))
+    prompts(tmp_path)
+    document = json.loads((tmp_path / "prompts.json").read_text())
+    document["files"][0]["sha256"] = "../../over-there"
+    (tmp_path / "prompts.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"prompts.json is damaged or of another version"):
+        PromptStore(str(tmp_path), 0)
+
+
 def test_a_shard_shorter_than_its_manifest_says(tmp_path: Path) -> None:
     """No memory is taken for what is not there."""
     (tmp_path / "s.tar").write_bytes(b"x")
-    index = ShardIndex(made_of="", num_bytes=2**50, sha256="", samples=(SampleEntry("k", 0, 2**50, 0),))
+    index = ShardIndex(made_of="", num_bytes=2**50, sha256="0" * 64, samples=(SampleEntry("k", 0, 2**50, 0),))
     entry = index.save(str(tmp_path), name="s.tar", split="train")
     with pytest.raises(storage.StorageError, match="ends early: asked for 1125899906842624 bytes at 0, got 1"):
         ShardReader(str(tmp_path)).read(entry)

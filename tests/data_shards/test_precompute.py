@@ -19,6 +19,7 @@ from torch import Tensor
 from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, PromptStore, Settings, ShardStream, check_precomputed, write_shards
+from data_shards.block_cache import BlockCache
 from data_shards.manifest import read_index
 from data_shards.precompute import precompute
 from data_shards.prompts import PromptIndex
@@ -239,6 +240,35 @@ def test_a_prompt_that_is_missing_or_damaged_is_named(precomputed: str, tmp_path
     store.get(["a small polyp"])
     with pytest.raises(UserError, match=rf"{file.name} is damaged at the prompt 'a polyp'"):
         store.get(["a polyp"])
+
+
+def test_prompts_that_memory_does_not_keep_are_kept_on_disk(
+    precomputed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BlockCache(tmp_path / "cache", 10**8)
+    prompts = ["", "a polyp", "a small polyp"]
+    expected = PromptStore(precomputed, max_bytes=0).get(prompts)
+
+    def is_as_expected() -> bool:
+        found = PromptStore(precomputed, max_bytes=0, cache=cache).get(prompts)
+        return all(torch.equal(values, found[name]) for name, values in expected.items())
+
+    assert is_as_expected()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_bytes", refuse_safetensors(storage.read_bytes))
+        assert is_as_expected()
+    # A block that has changed on disk is fetched again.
+    [block] = [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
+    block.write_bytes(bytes(block.stat().st_size))
+    assert is_as_expected()
+
+
+def refuse_safetensors(read_bytes: Any) -> Any:
+    def read(uri: str, start: int = 0, length: int | None = None) -> Any:
+        assert not uri.endswith(".safetensors"), "it is in the cache"
+        return read_bytes(uri, start, length)
+
+    return read
 
 
 # --- stale sets ---
