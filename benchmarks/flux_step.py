@@ -13,13 +13,10 @@ Needs torch and diffusers; with bitsandbytes and torchao more variants run. Noth
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -33,17 +30,16 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.circumstances import RESULTS, circumstances
 from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.flux.architecture import FLUX_1_DEV
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import PIXELS_PER_LATENT, footprint
 from trainers.objectives import RectifiedFlowObjective
 
-RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "bitsandbytes", "torchao")
 
 PARAMETERS = 11_901_408_320
 ACTIVATIONS_BYTES = 8 * GIB  # with full checkpointing, and what else a step needs beside the states
@@ -346,13 +342,11 @@ def synchronize(device: torch.device) -> None:
 def run(chosen: list[Variant], setting: Setting, out: Path, *, arguments: dict[str, Any], max_seconds: float) -> None:
     """Measure the variants in order until the time is up, writing the file and a line of the table after each."""
     started = time.perf_counter()
+    here = circumstances(setting.device.type)
     ceiling = matmul_flops(setting.device)
     record: dict[str, Any] = {
         "benchmark": "flux_step",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "machine": machine(setting.device),
-        "versions": versions(),
+        **here,
         "arguments": arguments,
         "matmul_tflops": ceiling / 1e12,
         "forward_tflop_per_image": {},
@@ -415,45 +409,6 @@ def matmul_flops(device: torch.device) -> float:
         synchronize(device)
         best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
     return best
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "device": "CPU",
-        "cpu": platform.machine(),
-        "cpus": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        about |= {
-            "device": properties.name,
-            "memory_gib": properties.total_memory / GIB,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-        }
-    return about
-
-
-def versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit() -> str:
-    try:
-        commit = subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip()
 
 
 def write(record: Mapping[str, Any], out: Path) -> None:
