@@ -35,6 +35,7 @@ from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.flux.architecture import FLUX_1_DEV
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import PIXELS_PER_LATENT, footprint
+from trainers.hardware import matmul_flops
 from trainers.objectives import RectifiedFlowObjective
 
 GIB = 2**30
@@ -343,7 +344,8 @@ def run(chosen: list[Variant], setting: Setting, out: Path, *, arguments: dict[s
     """Measure the variants in order until the time is up, writing the file and a line of the table after each."""
     started = time.perf_counter()
     here = circumstances(setting.device.type)
-    ceiling = matmul_flops(setting.device)
+    side = 8192 if setting.device.type == "cuda" else 256
+    ceiling = matmul_flops(setting.device, torch.bfloat16, side=side)
     record: dict[str, Any] = {
         "benchmark": "flux_step",
         **here,
@@ -393,22 +395,6 @@ def attempt(variant: Variant, setting: Setting) -> dict[str, Any]:
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
     return result | {"wall_seconds": time.perf_counter() - started}
-
-
-def matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product on this device, the best of three."""
-    size, repeats = (8192, 20) if device.type == "cuda" else (256, 2)
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    left @ right
-    for _ in range(3):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        synchronize(device)
-        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 def write(record: Mapping[str, Any], out: Path) -> None:
