@@ -9,7 +9,6 @@ transformer of a few hundred megabytes with random weights, in processes with gl
 import argparse
 import json
 import multiprocessing
-import socket
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 
 from benchmarks.circumstances import circumstances
+from tests.servers import free_port
 from trainers.engines.zero3 import load_partitioned, zero3_partitioned
 from trainers.flux.export import write_safetensors
 from trainers.flux.load import transformer_config, transformer_weights
@@ -100,10 +100,7 @@ def main() -> None:
         maker.start()
         maker.join()
         sizes = [path.stat().st_size for path in (folder / "transformer").glob("*.safetensors")]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        results = context.Queue()
+        port, results = free_port(), context.Queue()
         ranks = [
             context.Process(target=load_on_rank, args=(rank, arguments.ranks, port, folder, results))
             for rank in range(arguments.ranks)
