@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.sweep_trials import RESULTS, ROOT, circumstances, write_frames
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
+from benchmarks.sweep_trials import write_frames
 from cluster import storage
 from cluster.tracking import Tracker
 from data_shards import ShardStream
@@ -235,7 +237,7 @@ def report(keep: Path, out: Path) -> None:
             ]
         rows.append(row)
         print(json.dumps(row), flush=True)
-    document = {**circumstances(os.getloadavg()[0]), "num_samples": NUM_SAMPLES, "extractor": EXTRACTOR, "runs": rows}
+    document = {**circumstances(), "num_samples": NUM_SAMPLES, "extractor": EXTRACTOR, "runs": rows}
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {out}")
 
@@ -266,7 +268,7 @@ def main() -> None:
                 told = {key: round(value, 4) for key, value in figures(found).items()}
                 print(f"{name} guidance {guidance:g}, drawn with seed {seed}:", json.dumps(told), flush=True)
     if asked.action == "report":
-        report(asked.keep, asked.out or RESULTS / f"{circumstances(0)['date']}-demo-choices-cpu.json")
+        report(asked.keep, asked.out or RESULTS / f"{date.today()}-demo-choices-cpu.json")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ prompts by the same sampler on the same machine, one after the other.
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.circumstances import RESULTS, circumstances
 from cluster import runtime
 from data_shards import derive_seed
 from trainers.fidelity.extractors import kept_extractor
@@ -91,7 +90,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     count = options.num_samples
-    rows = {}
+    here, rows = circumstances(), {}
     with tempfile.TemporaryDirectory() as temporary:
         model = str(Path(temporary) / "model")
         save_model(Path(model))
@@ -114,15 +113,13 @@ def main() -> None:
             print(f"{name:45} {seconds:7.1f} s  {count / seconds:5.2f} images/s  features off by {off:.1e}", flush=True)
     first = next(iter(rows.values()))["seconds"]
     document = {
-        "date": date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "torch": torch.__version__,
+        **here,
         "num_samples": count,
         "settings": SETTINGS,
         "extractor": EXTRACTOR,
         "ways": {name: row | {"speedup": first / row["seconds"]} for name, row in rows.items()},
     }
-    out = options.out or Path(f"benchmarks/results/{date.today()}-evaluation-cpu.json")
+    out = options.out or RESULTS / f"{date.today()}-evaluation-cpu.json"
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {out}")
 

@@ -35,7 +35,8 @@ import safetensors.torch
 import torch
 from ray.cluster_utils import Cluster
 
-from benchmarks.sweep_trials import RESULTS, ROOT, circumstances, prepare, write_frames
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
+from benchmarks.sweep_trials import prepare, write_frames
 from cluster import storage
 from cluster.tracking import Tracker, find_run
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
@@ -421,7 +422,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for logs and recipes; else they are gone afterwards")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{date.today()}-faults-cpu.json")
     options = parser.parse_args()
-    load_before = os.getloadavg()[0]
+    here = circumstances()
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     calm_seconds = {}
     with ExitStack() as stack:
@@ -438,7 +439,7 @@ def main() -> None:
                 met = train(world, trained, f"{engine}-{fault}", DISTURBANCES[fault])
                 rows[engine][fault] = beside(calm, met, DISTURBANCES[fault].loss_tolerance)
                 print(f"{engine}, {DISTURBANCES[fault].what}: {rows[engine][fault]}", flush=True)
-    document = {**circumstances(load_before), "seconds_undisturbed": calm_seconds, "faults": rows}
+    document = {**here, "seconds_undisturbed": calm_seconds, "faults": rows}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"{table(rows)}\nwritten: {options.out}")
 

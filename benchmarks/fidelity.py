@@ -13,19 +13,18 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.circumstances import RESULTS, circumstances
+
 BATCH = 1000
-RESULTS = Path(__file__).parent / "results"
 
 
 def write_features(path: Path, num: int, dim: int, seed: int, shift: float) -> None:
@@ -112,7 +111,7 @@ def main() -> None:
     for library in ("OMP", "OPENBLAS", "MKL"):  # read when the measured processes load them
         os.environ[f"{library}_NUM_THREADS"] = str(arguments.cores)
     context = multiprocessing.get_context("spawn")
-    rows = []
+    here, rows = circumstances(), []
     with tempfile.TemporaryDirectory() as temporary:
         generated, real = Path(temporary) / "generated", Path(temporary) / "real"
         write_features(generated, arguments.num, arguments.dim, seed=1, shift=0.02)
@@ -127,13 +126,11 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     figures = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{arguments.cores} of {os.cpu_count()} cores, {platform.machine()}, no GPU",
-        "command": f"python -m benchmarks.fidelity --num {arguments.num} --dim {arguments.dim}",
-        "versions": {name: version(name) for name in ("numpy", "scipy", "torch", "torchmetrics")},
+        **here,
+        "arguments": {name: getattr(arguments, name) for name in ("num", "dim", "cores")},
         "rows": rows,
     }
-    out = arguments.out or RESULTS / f"{figures['date']}-fidelity-cpu.json"
+    out = arguments.out or RESULTS / f"{here['date']}-fidelity-cpu.json"
     out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

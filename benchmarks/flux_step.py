@@ -13,13 +13,10 @@ Needs torch and diffusers; with bitsandbytes and torchao more variants run. Noth
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -33,17 +30,17 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.circumstances import RESULTS, circumstances
 from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.flux.architecture import FLUX_1_DEV
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.flux.footprint import PIXELS_PER_LATENT, footprint
+from trainers.hardware import matmul_flops
 from trainers.objectives import RectifiedFlowObjective
 
-RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "bitsandbytes", "torchao")
 
 PARAMETERS = 11_901_408_320
 ACTIVATIONS_BYTES = 8 * GIB  # with full checkpointing, and what else a step needs beside the states
@@ -346,13 +343,12 @@ def synchronize(device: torch.device) -> None:
 def run(chosen: list[Variant], setting: Setting, out: Path, *, arguments: dict[str, Any], max_seconds: float) -> None:
     """Measure the variants in order until the time is up, writing the file and a line of the table after each."""
     started = time.perf_counter()
-    ceiling = matmul_flops(setting.device)
+    here = circumstances(setting.device.type)
+    side = 8192 if setting.device.type == "cuda" else 256
+    ceiling = matmul_flops(setting.device, torch.bfloat16, side=side)
     record: dict[str, Any] = {
         "benchmark": "flux_step",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "machine": machine(setting.device),
-        "versions": versions(),
+        **here,
         "arguments": arguments,
         "matmul_tflops": ceiling / 1e12,
         "forward_tflop_per_image": {},
@@ -399,61 +395,6 @@ def attempt(variant: Variant, setting: Setting) -> dict[str, Any]:
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
     return result | {"wall_seconds": time.perf_counter() - started}
-
-
-def matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product on this device, the best of three."""
-    size, repeats = (8192, 20) if device.type == "cuda" else (256, 2)
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    left @ right
-    for _ in range(3):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        synchronize(device)
-        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
-    return best
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "device": "CPU",
-        "cpu": platform.machine(),
-        "cpus": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        about |= {
-            "device": properties.name,
-            "memory_gib": properties.total_memory / GIB,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-        }
-    return about
-
-
-def versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit() -> str:
-    try:
-        commit = subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip()
 
 
 def write(record: Mapping[str, Any], out: Path) -> None:

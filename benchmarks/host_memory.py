@@ -9,10 +9,8 @@ transformer of a few hundred megabytes with random weights, in processes with gl
 import argparse
 import json
 import multiprocessing
-import socket
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 
+from benchmarks.circumstances import circumstances
+from tests.servers import free_port
 from trainers.engines.zero3 import load_partitioned, zero3_partitioned
 from trainers.flux.export import write_safetensors
 from trainers.flux.load import transformer_config, transformer_weights
@@ -93,17 +93,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    here, context = circumstances(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         maker = context.Process(target=save_model, args=(folder,))
         maker.start()
         maker.join()
         sizes = [path.stat().st_size for path in (folder / "transformer").glob("*.safetensors")]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        results = context.Queue()
+        port, results = free_port(), context.Queue()
         ranks = [
             context.Process(target=load_on_rank, args=(rank, arguments.ranks, port, folder, results))
             for rank in range(arguments.ranks)
@@ -114,7 +111,7 @@ def main() -> None:
         for process in ranks:
             process.join()
     figures = {
-        "date": time.strftime("%Y-%m-%d"),
+        **here,
         "model_MB": sum(sizes) / MB,
         "largest_file_MB": max(sizes) / MB,
         "part_of_a_rank_MB": sum(sizes) / arguments.ranks / MB,

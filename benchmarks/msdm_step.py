@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
 from cluster.checksums import checksums
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records
@@ -54,8 +55,6 @@ from trainers.recipe import MSDMRecipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 EXPERIMENT = "msdm-step"
 ABOUT_ONCE = 10**6
 TINY = (
@@ -355,7 +354,7 @@ def main() -> None:
     if options.turn:
         print(json.dumps(turn(options)))
         return
-    load_before = os.getloadavg()[0]
+    here = circumstances(options.device)
     contenders = [name for name in options.contenders if name != "system" or find_spec("ray")]
     turns: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -377,10 +376,7 @@ def main() -> None:
                 print(f"{contender}: {json.dumps(found)}", flush=True)
     medians = {name: statistics.median(one["images_per_second"] for one in found) for name, found in turns.items()}
     document = {
-        "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads",
-        "load_before": load_before,
-        "torch": torch.__version__,
+        **here,
         "arguments": {name: value for name, value in vars(options).items() if name not in ("out", "turn")},
         "matmul_teraflops_per_second": ceiling_flops / 1e12,
         "teraflops_per_image": flops / 1e12,

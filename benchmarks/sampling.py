@@ -9,8 +9,6 @@ real images, and as a difference to the study's, paired by prompt and noise.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.provenance import git_commit
+from benchmarks.circumstances import RESULTS, circumstances
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from trainers.fidelity.alignment import caption_alignment
@@ -33,7 +31,6 @@ from trainers.fidelity.features import ReferenceFeatures, reference_features
 from trainers.fidelity.measures import caption_alignment_measures, measure_features
 from trainers.generate import Model, default_device, load_model
 
-RESULTS = Path(__file__).parent / "results"
 SEED = 0
 STUDY = {"sampler": "ddpm", "num_inference_steps": 150, "guidance_scale": 3.5}
 SOLVER = {"sampler": "dpm-solver++", "num_inference_steps": 20, "guidance_scale": 3.5}
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON; default: benchmarks/results/DATE-sampling-DEVICE.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    load_before = os.getloadavg()[0]
+    here = circumstances(options.device)
     model, extractor = load_model(options.model, options.device), kept_extractor(options.extractor, options.device)
     splits = tuple(split for split in Manifest.load(options.data).splits if split != "train")
     real = reference_features(options.data, splits, extractor, resolution=model.drawing.resolution, cache=None)
@@ -157,15 +154,8 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
     kind = "gpu" if options.device.startswith("cuda") else "cpu"
     document = {
-        "date": date.today().isoformat(),
-        "git_commit": git_commit(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if kind == "gpu" else platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "native_bf16": kind == "gpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        },
-        "load_before": load_before,
-        "torch": torch.__version__,
+        **here,
+        "native_bf16": kind == "gpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "model": {"digest": folder_digest(model_folder), "parameters": num_parameters(model_folder)}
         if (model_folder := Path(options.model)).is_dir()
         else options.model,

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.msdm_step import RESULTS, ROOT
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
 from tests.servers import free_port
 from trainers import estimates
 from trainers.engines.ddp import DDPEngine
@@ -305,13 +305,8 @@ def main() -> None:
                 f"{last.megabytes_read_per_host:.0f} MB/s of shards, decoding on {last.cores_per_host:.1f} cores"
             )
         return
-    load_before = os.getloadavg()[0]
-    document = {
-        "date": str(date.today()),
-        "cores": os.cpu_count(),
-        "load_before": load_before,
-        "rows": measure(options),
-    }
+    arguments = {name: getattr(options, name) for name in ("ranks", "batch", "steps")}
+    document = {**circumstances(), "arguments": arguments, "rows": measure(options)}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {options.out}")
 

@@ -40,7 +40,7 @@ import psutil
 import torch
 from PIL import Image, ImageOps
 
-from benchmarks.sweep_trials import RESULTS, ROOT, circumstances
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
 from cluster import storage
 from data_shards import Manifest, ShardStream
 from data_shards.block_cache import BlockCache
@@ -554,12 +554,12 @@ def main() -> None:
     if options.plan:
         print(json.dumps(plan_of_a_rank(options.plan)))
         return
-    load_before = os.getloadavg()[0]
+    here = circumstances()
     used = ["isal", "simplejpeg", *(PACKAGES[name] for name in options.contenders if name in PACKAGES)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         document = {
-            **circumstances(load_before),
+            **here,
             "contenders": {name: version(name) for name in used},
             "plan": planning(),
             "shuffle": {size: shuffling(size) for size in (32, 256, 1024)},

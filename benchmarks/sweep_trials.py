@@ -6,7 +6,6 @@ one autoencoder that is trained beforehand and given to each sweep, so that loss
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,12 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from cluster.provenance import git_commit
+from benchmarks.circumstances import RESULTS, ROOT, circumstances
 from sweeps.journal import Journal
 from sweeps.spec import SweepSpec, Trial
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe, load_recipe
@@ -29,8 +27,6 @@ from trainers.run_folder import RunFolder
 if TYPE_CHECKING:  # Ray takes seconds to import, which belong to what is measured
     from trainers.launch import Progress
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 METRIC = "denoiser/validation_loss"
 RATE, WARMUP = "denoiser.training.learning_rate", "denoiser.training.warmup_steps"
 RATES, WARMUPS = (1e-4, 1e-2), (0, 50)
@@ -62,17 +58,6 @@ SMALL = (
     "tracking.experiment=sweeps",
     "tracking.register_as=null",
 )
-
-
-def circumstances(load_before: float) -> dict[str, Any]:
-    """What a result file says of where and when it was measured."""
-    return {
-        "date": date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "load_before": load_before,
-        "versions": {name: version(name) for name in ("torch", "ray", "diffusers", "optuna")},
-        "git_commit": git_commit(),
-    }
 
 
 class Lines:
@@ -220,7 +205,7 @@ def search(
     *, keep: Path | None, seeds: Sequence[int], steps: int, vae_steps: int, out: Path | None, **asked: Any
 ) -> None:
     """Grid, random search and ASHA with TPE, one after the other; `asked` are arguments of `spec_of`."""
-    load_before = os.getloadavg()[0]
+    here = circumstances()
     with workplace(keep, {"steps": steps, "vae_steps": vae_steps, **asked}) as folder:
         prepare(folder, steps=steps, vae_steps=vae_steps)
         recipe = _recipe_file(folder)
@@ -228,7 +213,7 @@ def search(
         specs = [spec_of(name, recipe, seed=seed, **asked) for name, seed in [("grid", 0), *seeded]]
         rows = [_row_of_sweep(folder, spec) for spec in specs]
         document = {
-            **circumstances(load_before),
+            **here,
             "asked": {"steps": steps, "vae_steps": vae_steps, "seeds": list(seeds), **asked},
             "recipe": _recipe_file(folder).read_text(),
             "sweeps": beside_grid(rows),
@@ -311,7 +296,7 @@ def steps_until(trials: Sequence[Mapping[str, Any]], loss: float) -> int | None:
 
 
 def overhead(*, keep: Path | None, trials: int, steps: int, vae_steps: int, concurrency: int, out: Path | None) -> None:
-    load_before = os.getloadavg()[0]
+    here = circumstances()
     asked = {"trials": trials, "steps": steps, "vae_steps": vae_steps, "concurrency": concurrency}
     with workplace(keep, asked) as folder:
         recipe = prepare(folder, steps=steps, vae_steps=vae_steps)
@@ -328,7 +313,7 @@ def overhead(*, keep: Path | None, trials: int, steps: int, vae_steps: int, conc
         f"the sweep's overhead: {added:.1%}; its losses {'are' if losses_agree else 'are NOT'} those of the bare runs"
     )
     document = {
-        **circumstances(load_before),
+        **here,
         "asked": asked,
         "overhead": added,
         "losses_agree": losses_agree,

@@ -17,7 +17,6 @@ a trained one and the images real, for then the figures mean something: they mus
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sweep_trials
+from benchmarks.circumstances import RESULTS, circumstances
 from sweeps.guidance_document import GuidanceSweep
 from trainers.fidelity.evaluation import Evaluation
 
@@ -71,7 +71,7 @@ def one_sweep(options: argparse.Namespace, out: Path) -> GuidanceSweep:
 
 
 def guidance(options: argparse.Namespace) -> None:
-    load_before = os.getloadavg()[0]
+    here = circumstances()
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()
         sweep = one_sweep(options, Path(temporary) / "sweep")
@@ -90,7 +90,7 @@ def guidance(options: argparse.Namespace) -> None:
         }
         rows.append({"setting": result.setting, "in_front": result.name in sweep.front} | figures)
     document = {
-        **sweep_trials.circumstances(load_before),
+        **here,
         "git_commit": sweep.git_commit,
         "num_samples": options.num_samples,
         "num_real_images": sweep.reference.num_images,
@@ -101,7 +101,7 @@ def guidance(options: argparse.Namespace) -> None:
         "recommended": sweep.best.setting,
         "settings": rows,
     }
-    out = options.out or Path(f"benchmarks/results/{date.today()}-guidance-sweep-cpu.json")
+    out = options.out or RESULTS / f"{date.today()}-guidance-sweep-cpu.json"
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {out}")
 

@@ -220,6 +220,7 @@ def _check(record: Record) -> Checked | BadInputError:
     try:
         if not record.captions:
             raise BadInputError("empty caption")
+        _check_text(record)
         uri = _locate(record)
         data = storage.read_bytes(uri, *(record.part or ()))
         image = open_image(data)
@@ -232,6 +233,18 @@ def _check(record: Record) -> Checked | BadInputError:
         return BadInputError(f"unreadable: {problem}")
     conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
     return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
+
+
+def _check_text(record: Record) -> None:
+    """JSON may escape half of a character (\\ud800), of which no UTF-8 can be written."""
+    texts = [("caption", caption) for caption in record.captions]
+    texts += [("file name", record.source_id), ("group", record.group or "")]
+    texts += [("licence", record.licence or ""), ("split", record.split or "")]
+    for what, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadInputError(f"unreadable text: its {what} holds half of a character") from None
 
 
 def _locate(record: Record) -> str:

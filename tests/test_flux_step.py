@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.circumstances import RESULTS
 from benchmarks.flux_step import (
     MAX_GRAD_NORM,
-    RESULTS,
     TINY,
     Setting,
     UpdateInBackward,

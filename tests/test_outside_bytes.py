@@ -508,6 +508,28 @@ def test_a_digest_names_no_file_outside_the_cache(tmp_path: Path) -> None:
         PromptStore(str(tmp_path), 0)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        rb'{"captions": ["\ud800"]}',  # halves of a character: Python's own parser takes them
+        rb'{"captions": ["\udc00\ud800"]}',
+        b'{"captions": ["\xed\xa0\x80"]}',
+        b'{"captions": ["\xff"]}',
+        b'{"captions": "a polyp"}',
+        b'{"captions": [1]}',
+        b'{"captions": []}',
+        b'{"captions": ["a"]} {}',
+        b"[]",
+        b"",
+    ],
+)
+def test_a_samples_captions_are_texts_or_its_shard_is_refused(about: bytes, tmp_path: Path) -> None:
+    sample: dict[str, str | bytes] = {"__key__": "k", "png": image("L", "PNG"), "json": about}
+    entry = write_tar([sample], str(tmp_path), name="s.tar", split="train", made_of="")
+    with pytest.raises(UserError, match=r"s\.tar, though its bytes .* is damaged, or of another kind: .+"):
+        ShardReader(str(tmp_path)).read(entry)
+
+
 def test_a_shard_shorter_than_its_manifest_says(tmp_path: Path) -> None:
     """No memory is taken for what is not there."""
     (tmp_path / "s.tar").write_bytes(b"x")

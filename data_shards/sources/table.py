@@ -84,7 +84,7 @@ def read_rows(uri: str, delimiter: str | None = None) -> list[Row]:
         if ending == ".parquet":
             rows: list[Row] = list(_parquet_rows(data))
         elif ending in (".jsonl", ".ndjson"):
-            rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in io.StringIO(data.decode("utf-8-sig")) if line.strip()]
         elif ending in (".csv", ".tsv", ".txt"):
             text = data.decode("utf-8-sig")
             header = text.partition("\n")[0]

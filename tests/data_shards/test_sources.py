@@ -99,7 +99,7 @@ def test_images_of_two_endings_stay_two_images(tmp_path: Path) -> None:
 
 ROWS = [
     {"file": "x.png", "text": 'says "hello", twice', "who": "p1", "may": "CC0", "part": "train"},
-    {"file": "y.png", "text": "Überweisung: Röntgen\nzweite Zeile", "who": "p2", "may": "CC0", "part": "test"},
+    {"file": "y.png", "text": "Überweisung: Röntgen\nzweite\u2028dritte", "who": "p2", "may": "CC0", "part": "test"},
 ]
 COLUMNS = Columns(image="file", caption="text", group="who", licence="may", split="part")
 
@@ -109,7 +109,7 @@ def write_table(path: Path) -> None:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     elif path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding="utf-8")
     else:
         delimiter = {".csv": ",", ".tsv": "\t", ".txt": ";"}[path.suffix]
         quoted = [['"' + row[name].replace('"', '""') + '"' for name in names] for row in ROWS]

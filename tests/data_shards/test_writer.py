@@ -19,6 +19,7 @@ from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, Settings, write_shards, writer
 from data_shards.manifest import read_index
+from data_shards.reader import ShardReader
 from data_shards.sources import Columns, medvqa_records, roco_records, table_records
 from tests.conftest import DATA
 
@@ -261,6 +262,27 @@ def test_a_bad_input_is_quarantined_by_name_and_the_rest_is_written(
     named = json.loads(line)
     assert named["kind"] == BAD_INPUTS[spoil]
     assert named["source_id"] not in {f"good{i}.jpg" for i in range(4)}
+
+
+@pytest.mark.parametrize("column", ["image", "caption", "group", "licence", "split"])
+def test_half_a_character_in_a_table_is_quarantined(tmp_path: Path, column: str) -> None:
+    """Python reads it from a table's JSON, and can write it into no shard."""
+    source_of(tmp_path, {"good.jpg": (32, 32), "bad.jpg": (32, 32)})
+    good = {"image": "good.jpg", "caption": "a 👍", "group": "p1", "licence": "CC0", "split": "train"}
+    bad = {**good, "image": "bad.jpg", "group": "p2"}
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in (good, bad | {column: f"{bad[column]}\ud800"})))
+    columns = Columns(group="group", licence="licence", split="split")
+    records = table_records(str(table), str(tmp_path / "source" / "images"), columns)
+    manifest = write_shards(records, str(tmp_path / "out"), settings(splits={}), source={"uri": "t"})
+    assert manifest.quarantined == {"unreadable text": 1}
+    [shard] = manifest.shards
+    [sample] = ShardReader(str(tmp_path / "out")).read(shard)
+    assert (sample.key, sample.captions) == ("good", ["a 👍"])
+    [named] = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert named["source_id"].startswith("bad.jpg")
+    told = {"image": "file name"}.get(column, column)
+    assert named["reason"] == f"unreadable text: its {told} holds half of a character"
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("L", "JPEG"), ("I;16", "PNG"), ("P", "PNG")])

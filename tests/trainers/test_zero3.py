@@ -5,7 +5,6 @@ starting processes takes longer than these small models do.
 """
 
 import multiprocessing
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from cluster.errors import UserError
 from data_shards import Batch, ShardStream
+from tests.servers import free_port
 from trainers import loop, randomness
 from trainers.ema import EMA
 from trainers.engines import StepOutcome
@@ -319,9 +319,7 @@ def run_calls(rank: int, world_size: int, port: int, calls: list[Callable[[], An
 def on_ranks(world_size: int, out: Path, *calls: Callable[[], Any]) -> list[list[Any]]:
     """The results of each call on each rank."""
     out.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # A fork server imports once for all ranks, before it has threads or a process group.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
