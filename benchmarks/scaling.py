@@ -202,7 +202,7 @@ def rank(number: int, world_size: int, rendezvous: str, batch: int, steps: int, 
 
     def step() -> None:
         loss = objective(engine.model, **inputs).mean()
-        engine.backward(loss, is_last_micro_batch=True)
+        engine.backward(loss)
         engine.step(1e-4, loss, stop_requested=False)
 
     seconds = timed(step, steps)

@@ -71,12 +71,13 @@ def train(
             micro_batches = next(batches)
         loss = torch.zeros((), device=engine.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            with interval.time("forward"):
-                prepared = stage.prepare(micro_batch, True)
-                with engine.autocast():
-                    micro_loss = stage.objective(engine.model, **prepared).mean() * micro_batch.weight
-            with interval.time("backward"):
-                engine.backward(micro_loss, is_last_micro_batch=number == len(micro_batches))
+            with engine.micro_batch(is_last=number == len(micro_batches)):
+                with interval.time("forward"):
+                    prepared = stage.prepare(micro_batch, True)
+                    with engine.autocast():
+                        micro_loss = stage.objective(engine.model, **prepared).mean() * micro_batch.weight
+                with interval.time("backward"):
+                    engine.backward(micro_loss)
             loss += micro_loss.detach()
 
         # Update the weights, unless some rank's loss or gradient is not finite.

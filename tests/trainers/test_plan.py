@@ -195,7 +195,7 @@ def held_by_zero3(optimizer_states: Literal["fp32", "bf16"]) -> dict[str, int]:
     )
     engine = Zero3Engine(tiny_transformer(), training, torch.device("cpu"), optimizer_states=optimizer_states)
     loss = loss_of(engine.model, torch.bfloat16)
-    engine.backward(loss, is_last_micro_batch=True)
+    engine.backward(loss)
     assert engine.step(1e-3, loss, stop_requested=False).read().applied
     flat, moments = engine._zero.fp32_partitioned_groups_flat, engine._optimizer.state.values()
     return {

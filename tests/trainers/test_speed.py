@@ -1,14 +1,22 @@
 """What makes training fast changes nothing of it, and keeps the process from waiting for the device."""
 
+import multiprocessing
 import threading
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_shards import Batch
+from tests.servers import free_port
 from tests.trainers.test_loop import CPU, Reports, run, states, train_asked, with_training
 from trainers import checkpoint, saving
 from trainers.engines import StepOutcome
@@ -16,10 +24,12 @@ from trainers.engines.ddp import DDPEngine
 from trainers.families import msdm
 from trainers.flops import pass_flops
 from trainers.hardware import peak_flops
+from trainers.loop import train
 from trainers.msdm.denoiser import denoiser_flops
-from trainers.recipe import MSDMRecipe, load_recipe
+from trainers.recipe import MSDMRecipe, Training, load_recipe
 from trainers.run_folder import RunFolder
 from trainers.saving import CheckpointWriter
+from trainers.stage import Stage
 from trainers.timing import Interval
 from trainers.worker import train_rank
 
@@ -46,7 +56,7 @@ def test_compiled_blocks_compute_the_same(recipe: MSDMRecipe, run: RunFolder) ->
         [batch, *_] = next(msdm.open_stream(recipe, "denoiser", run, "train").batches())
         prepared = stage.prepare(batch, True)
         loss = stage.objective(engine.model, **prepared).mean()
-        engine.backward(loss, is_last_micro_batch=True)
+        engine.backward(loss)
         outcome = engine.step(1e-3, loss, stop_requested=False).read()
         losses.append([outcome.loss, outcome.grad_norm])
         compiled = [module for module in engine.model.modules() if module._compiled_call_impl is not None]
@@ -75,7 +85,7 @@ def test_no_step_asks_the_device(recipe: MSDMRecipe, run: RunFolder) -> None:
             loss = torch.zeros(())
             for micro_batch in next(batches):
                 micro_loss = stage.objective(engine.model, **stage.prepare(micro_batch, True)).mean()
-                engine.backward(micro_loss, is_last_micro_batch=True)
+                engine.backward(micro_loss)
                 loss += micro_loss.detach()
             engine.step(1e-3, loss, stop_requested=False)
 
@@ -85,6 +95,58 @@ def test_no_step_asks_the_device(recipe: MSDMRecipe, run: RunFolder) -> None:
         assert waits.count == 0
         assert float(torch.ones(())) == 1
     assert waits.count == 1
+
+
+def count_exchanges(rank: int, port: int, counts: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    settings = Training(steps=3, global_batch_size=8, micro_batch_size=1, learning_rate=1e-3)
+    stage = Stage(
+        model=nn.Linear(3, 1),
+        prepare=lambda batch, is_training: {"images": batch.inputs},
+        objective=lambda model, images: model(images)[:, 0],
+        preview=lambda model, which: torch.zeros(len(which), 1, 1, 3, dtype=torch.uint8),
+        num_previews=1,
+        flops_per_image=1.0,
+    )
+    engine = DDPEngine(stage.model, settings, CPU)
+    assert isinstance(engine.model, DistributedDataParallel)
+    exchanged = 0
+
+    def noted(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        nonlocal exchanged
+        exchanged += 1
+        return default_hooks.allreduce_hook(group, bucket)
+
+    engine.model.register_comm_hook(dist.group.WORLD, noted)
+    batch = Batch(torch.ones(1, 3), ["a"], ["k"], [False], [0])
+
+    class Stream:
+        replaced = 0
+
+        def batches(self, start_step: int) -> Iterator[list[Batch]]:
+            return repeat([batch] * 4)
+
+        def one_pass(self, *_: Any) -> Iterator[Batch]:
+            return iter([batch])
+
+    stream: Any = Stream()
+    report: Any = lambda *_: None  # noqa: E731
+    train(training=settings, stage=stage, engine=engine, stream=stream, validation=stream, seed=0, report=report)
+    counts.put(exchanged)
+    dist.destroy_process_group()
+
+
+def test_ranks_exchange_gradients_once_a_step() -> None:
+    """Not with each of the four micro-batches."""
+    context = multiprocessing.get_context("spawn")
+    counts, port = context.SimpleQueue(), free_port()
+    ranks = [context.Process(target=count_exchanges, args=(rank, port, counts)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [counts.get(), counts.get()] == [3, 3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -98,7 +160,7 @@ def test_a_gpu_is_never_waited_for(recipe: MSDMRecipe, run: RunFolder) -> None:
         for micro_batch in next(batches):
             with engine.autocast():
                 micro_loss = stage.objective(engine.model, **stage.prepare(micro_batch, True)).mean()
-            engine.backward(micro_loss, is_last_micro_batch=True)
+            engine.backward(micro_loss)
             loss += micro_loss.detach()
         engine.step(1e-3, loss, stop_requested=False)
 

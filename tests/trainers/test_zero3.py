@@ -153,12 +153,13 @@ def take_step(engine: Zero3Engine, step: int, poison: Poison | None = None) -> S
     total = torch.zeros(())
     for start in mine:
         batch, target = inputs(step, slice(start, start + TRAINING.micro_batch_size), precision)
-        with engine.autocast():
-            prediction = output(engine.model, batch)
-        loss = (prediction - target).square().mean() / len(mine)
-        if poison is not None and engine.rank == engine.world_size - 1:
-            loss = poison(loss, prediction)
-        engine.backward(loss, is_last_micro_batch=start == mine[-1])
+        with engine.micro_batch(is_last=start == mine[-1]):
+            with engine.autocast():
+                prediction = output(engine.model, batch)
+            loss = (prediction - target).square().mean() / len(mine)
+            if poison is not None and engine.rank == engine.world_size - 1:
+                loss = poison(loss, prediction)
+            engine.backward(loss)
         total += loss.detach()
     return engine.step(learning_rate(step), total, stop_requested=step == 3 and engine.rank == 0).read()
 

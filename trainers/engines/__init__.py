@@ -62,8 +62,12 @@ class Engine(Protocol):
         """Forward passes run under this context, in the precision of the recipe."""
         ...
 
-    def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
-        """Accumulate the gradient of `loss` (a scalar); ranks exchange gradients on the last micro-batch."""
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Forward and backward of one run under this context; ranks exchange gradients on a step's last."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`, a scalar."""
         ...
 
     def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:

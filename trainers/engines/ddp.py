@@ -49,11 +49,14 @@ class DDPEngine(Ranks):
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._training.precision == "bf16")
 
-    def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
-        # Ranks exchange gradients in the backward pass; before the last micro-batch that would be wasted.
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
+        # Ranks exchange gradients in the backward pass, if they were to when the forward pass began: before the last
+        # micro-batch that would be wasted.
         replicas = self.model if isinstance(self.model, DistributedDataParallel) else None
-        with replicas.no_sync() if replicas and not is_last_micro_batch else nullcontext():
-            loss.backward()
+        return replicas.no_sync() if replicas and not is_last else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:
         grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._training.max_grad_norm)

@@ -94,8 +94,12 @@ class Zero3Engine(Ranks):
     def autocast(self) -> AbstractContextManager[object]:
         return nullcontext()  # the weights themselves are in the recipe's precision
 
-    def backward(self, loss: Tensor, *, is_last_micro_batch: bool) -> None:
-        self._deepspeed.set_gradient_accumulation_boundary(is_last_micro_batch)
+    @contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, loss: Tensor, *, stop_requested: bool) -> Arriving:
