@@ -112,7 +112,7 @@ def count_exchanges(rank: int, port: int, counts: Any) -> None:
     assert isinstance(engine.model, DistributedDataParallel)
     exchanged = 0
 
-    def noted(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    def noted(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         nonlocal exchanged
         exchanged += 1
         return default_hooks.allreduce_hook(group, bucket)
