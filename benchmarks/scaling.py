@@ -42,8 +42,6 @@ UNET_SHARE = 0.30
 BACKWARD_SHARE = 2 / 3  # of a pass
 COLLECTIVE_SECONDS = 20e-6  # to begin a message; assumed
 EMBEDDING_DIM = 768  # Bio_ClinicalBERT's
-IMAGES_PER_CORE_SECOND = 3400  # decoded at 256 x 256: benchmarks/results/2026-11-28-streaming-cpu.json
-JPEG_BYTES = 20_347  # of one of those
 SMALL = ("vae.architecture.latent_channels=8", "denoiser.architecture.block_out_channels=[96, 128, 192]")
 SMALL_EMBEDDING_DIM = 384  # all-MiniLM-L6-v2's
 
@@ -62,8 +60,8 @@ class Prediction:
     updating: float
     saving: float  # the copy to host memory, spread over the steps between two checkpoints
     gigabytes_sent: float  # by a GPU
-    sample_bytes: int  # of an image in its shard, or of its latents
-    decoded_per_core: float  # images in a second; latents are not decoded
+    sample_bytes: int  # of an image's moments
+    prompt_bytes: int  # of its caption's embeddings, where there are more than memory keeps
     gpus_per_host: int
 
     @property
@@ -79,12 +77,9 @@ class Prediction:
         return self.images_per_second / self.num_gpus * min(self.num_gpus, self.gpus_per_host)
 
     @property
-    def cores_per_host(self) -> float:
-        return self.images_per_host / self.decoded_per_core
-
-    @property
-    def megabytes_read_per_host(self) -> float:
-        return self.images_per_host * self.sample_bytes / 1e6
+    def megabytes_read_per_host(self) -> tuple[float, float]:
+        """Of moments, and of embeddings."""
+        return self.images_per_host * self.sample_bytes / 1e6, self.images_per_host * self.prompt_bytes / 1e6
 
 
 def ring_seconds(nbytes: float, gpu: Gpu, num_gpus: int) -> float:
@@ -111,6 +106,7 @@ def predict_msdm(recipe: MSDMRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
     gradients = 4 * parameters
     exchange = ring_seconds(gradients, gpu, num_gpus) if num_gpus > 1 else 0.0
     # Clipping reads the gradients; AdamW reads them and reads and writes weights and moments; then the average.
+    latent_side = recipe.data.resolution // recipe.vae.architecture.downsampling
     touched = (1 + 1 + 3 * 2 + 1 + 2) * 4 * parameters
     return Prediction(
         num_gpus,
@@ -120,8 +116,8 @@ def predict_msdm(recipe: MSDMRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
         touched / gpu.memory_bandwidth,
         16 * parameters / gpu.host_bus / training.checkpoint_every_steps,
         2 * (num_gpus - 1) / num_gpus * gradients / 1e9,
-        JPEG_BYTES,
-        IMAGES_PER_CORE_SECOND,
+        _moments_bytes(recipe.vae.architecture.latent_channels, latent_side),
+        2 * recipe.text_encoder.max_tokens * EMBEDDING_DIM,
         gpu.gpus_per_host,
     )
 
@@ -159,7 +155,6 @@ def predict_flux(recipe: FluxRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
     updating = estimates.update_seconds(scaled, of_an_image, gpu)
     whole = estimates.seconds_per_step(scaled, of_an_image, gpu)
     part = estimates.checkpoint_bytes(scaled, of_an_image) / num_gpus
-    latents = 16 * (recipe.data.resolution // 8) ** 2 * 2 * 4
     return Prediction(
         num_gpus,
         per_gpu * num_gpus,
@@ -168,10 +163,15 @@ def predict_flux(recipe: FluxRecipe, gpu: Gpu, num_gpus: int) -> Prediction:
         updating,
         part / gpu.host_bus / training.checkpoint_every_steps,
         passes * estimates.bytes_sent(scaled, of_an_image) / 1e9,
-        latents,
-        math.inf,
+        _moments_bytes(16, recipe.data.resolution // 8),
+        2 * recipe.max_tokens * 4096,
         gpu.gpus_per_host,
     )
+
+
+def _moments_bytes(latent_channels: int, latent_side: int) -> int:
+    """Mean and log-variance, float32."""
+    return 2 * latent_channels * latent_side**2 * 4
 
 
 @cache
@@ -300,9 +300,10 @@ def main() -> None:
         for name, rows in predictions(gpu_named(options.gpu), options.gpus).items():
             print(f"\n{name} on {options.gpu}, batch of a GPU fixed\n\n{as_table(rows)}\n")
             last = rows[-1]
+            moments, prompts = last.megabytes_read_per_host
             print(
-                f"A GPU sends {last.gigabytes_sent:.1f} GB a step; a machine reads "
-                f"{last.megabytes_read_per_host:.0f} MB/s of shards, decoding on {last.cores_per_host:.1f} cores"
+                f"A GPU sends {last.gigabytes_sent:.1f} GB a step; a machine reads {moments:.0f} MB/s of moments, "
+                f"and up to {prompts:.0f} MB/s of prompt embeddings, as far as memory does not keep them"
             )
         return
     arguments = {name: getattr(options, name) for name in ("ranks", "batch", "steps")}
