@@ -75,7 +75,12 @@ def test_it_trains_and_draws_at_reduced_depth(
 ) -> None:
     recipe = load_recipe(
         str(RECIPES / f"{name}.yaml"),
-        [*REDUCED, f"data.shards={source_shards}", f"text_encoder.pretrained={text_encoder_folder}"],
+        [
+            *REDUCED,
+            f"data.shards={source_shards}",
+            f"data.cache={{folder: {tmp_path / 'cache'}, max_gigabytes: 1}}",
+            f"text_encoder.pretrained={text_encoder_folder}",
+        ],
     )
     assert isinstance(recipe, MSDMRecipe)
     run = RunFolder(str(tmp_path / "run"))
