@@ -659,11 +659,11 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
 
     try:
         await_mlflow()
-        shared = RunFolder(storage.join(journal.uri, journal.shared_run))
-        for stage in setting.shared:
-            _copy_model(shared, run, stage)
+        shared_run = RunFolder(storage.join(journal.uri, journal.shared_run))
+        for shared in setting.shared:
+            _copy_model(shared_run, run, shared)
         if setting.shared:
-            run.borrow_precomputed(shared)
+            run.borrow_precomputed(shared_run)
         trained = train_recipe(
             recipe,
             journal.run_name(number),
