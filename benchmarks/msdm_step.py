@@ -41,9 +41,9 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 from cluster.checksums import checksums
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records
+from trainers.compiling import compile_blocks
 from trainers.ema import EMA
 from trainers.engines import Saving
-from trainers.engines.ddp import compile_blocks
 from trainers.hardware import matmul_flops
 from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective, made_up_inputs
 from trainers.msdm.text_encoder import load_text_encoder, tokenize
