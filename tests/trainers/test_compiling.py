@@ -130,9 +130,7 @@ def test_without_a_compiler_it_is_told_at_once() -> None:
     torch.compiler.reset()
     with (
         torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
-        pytest.raises(
-            UserError, match=r"does not work for cpu here \(No working C\+\+ compiler"
-        ) as error,
+        pytest.raises(UserError, match=r"does not work for cpu here \(No working C\+\+ compiler") as error,
     ):
         compile_blocks(nn.Sequential(nn.Linear(2, 2)))
     assert "\n" not in str(error.value)
