@@ -83,7 +83,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the denoiser first, for minutes: for many pictures, on a GPU."),
+        typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of pictures."),
     ] = False,
 ) -> None:
     """Draw pictures from a trained model.

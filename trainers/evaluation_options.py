@@ -34,7 +34,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the denoiser first, for minutes: for many images, on GPUs.")
+    bool, typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of images.")
 ]
 Cache = Annotated[
     str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation.")
