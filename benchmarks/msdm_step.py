@@ -42,9 +42,9 @@ from benchmarks.circumstances import RESULTS, ROOT, circumstances
 from cluster.checksums import checksums
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records
+from trainers.compiling import compile_blocks
 from trainers.ema import EMA
 from trainers.engines import Saving
-from trainers.engines.ddp import compile_blocks
 from trainers.families import msdm
 from trainers.hardware import matmul_flops
 from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective, made_up_inputs

@@ -1,15 +1,17 @@
-"""What a picture of MSDM costs, and how real it looks, by sampler, steps and precision.
+"""What a picture of MSDM costs, and how real it looks, by sampler, steps, precision and whether it is compiled.
 
     python -m benchmarks.sampling --model runs/NAME/denoiser/model --data demo/shards
 
 All variants draw the same captions of held-out images from the same noise in one process, and take turns batch by
 batch. `study` is how the study draws: DDPM, 150 steps, guidance 3.5, fp32. The fidelity of each is told beside the same
-real images, and as a difference to the study's, paired by prompt and noise.
+real images, and as a difference to the study's, paired by prompt and noise. What is compiled is compiled before,
+from an empty cache, and stands beside the same uncompiled.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ from trainers.generate import Model, default_device, load_model
 SEED = 0
 STUDY = {"sampler": "ddpm", "num_inference_steps": 150, "guidance_scale": 3.5}
 SOLVER = {"sampler": "dpm-solver++", "num_inference_steps": 20, "guidance_scale": 3.5}
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
+EAGER: Mapping[str, Mapping[str, Any]] = {
     "study": STUDY,
     "ddim, 50 steps": {**STUDY, "sampler": "ddim", "num_inference_steps": 50},
     **{f"dpm-solver++, {steps} steps": SOLVER | {"num_inference_steps": steps} for steps in (30, 20, 12, 8)},
@@ -42,6 +44,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "12 steps, bf16": SOLVER | {"num_inference_steps": 12, "precision": "bf16"},
     "20 steps, guidance 1": SOLVER | {"guidance_scale": 1.0},
 }
+COMPILED = {f"{name}, compiled": name for name in ("dpm-solver++, 20 steps", "12 steps, bf16")}
+"""The same, compiled."""
+VARIANTS = {**EAGER, **{name: EAGER[eager] for name, eager in COMPILED.items()}}
 ALONE = ("study", "dpm-solver++, 20 steps", "20 steps, bf16")
 """Timed one picture at a time too: the pictures are the same but for rounding."""
 PICTURES_ALONE = 3
@@ -92,6 +97,13 @@ def fidelity(
     }
 
 
+def compiling(name: str, drawn: Mapping[str, Drawn], seconds_of_first: float) -> dict[str, float]:
+    """What it took to compile, with the one step that waited for it, and how far its pictures are off the others."""
+    ours, eager = (np.concatenate(drawn[one].pixels).astype(np.int16) for one in (name, COMPILED[name]))
+    off = np.abs(ours - eager)
+    return {"seconds": seconds_of_first, "levels_off_mean": float(off.mean()), "levels_off_max": int(off.max())}
+
+
 def features(extractor: Extractor, drawn: Drawn) -> NDArray[np.float32]:
     return np.concatenate([extractor.features(torch.from_numpy(pixels)).numpy() for pixels in drawn.pixels])
 
@@ -126,14 +138,22 @@ def main() -> None:
     captions = [real.captions[order[number % len(order)]] for number in range(options.num_samples)]
     prompts = [of[derive_seed(SEED, "caption", number) % len(of)] for number, of in enumerate(captions)]
 
-    names = list(dict.fromkeys(["study", *options.variants]))
+    beside = [COMPILED[name] for name in options.variants if name in COMPILED]
+    names = list(dict.fromkeys(["study", *beside, *options.variants]))
+    compiled = load_model(options.model, options.device, compile_for=options.batch_size) if beside else model
+    models = {name: compiled if name in COMPILED else model for name in names}
     drawn, alone = {name: Drawn() for name in names}, {name: Drawn() for name in names if name in ALONE}
-    for name in names:  # what is done once is not counted
-        draw(model, prompts, [0], {**VARIANTS[name], "num_inference_steps": 1}, Drawn())
+    seconds_of_first: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # as where nothing was compiled before
+        for name in names:  # what is done once is not counted
+            first = Drawn()
+            draw(models[name], prompts, [0], {**VARIANTS[name], "num_inference_steps": 1}, first)
+            (seconds_of_first[name],) = first.seconds
     for start in range(0, options.num_samples, options.batch_size):
         numbers = range(start, min(start + options.batch_size, options.num_samples))
         for name in names:
-            draw(model, prompts, numbers, VARIANTS[name], drawn[name])
+            draw(models[name], prompts, numbers, VARIANTS[name], drawn[name])
         if start // options.batch_size < PICTURES_ALONE:
             for name, single in alone.items():
                 draw(model, prompts, [start], VARIANTS[name], single)
@@ -149,6 +169,7 @@ def main() -> None:
             **costs,
             "speedup": study["processor_seconds_per_image"] / costs["processor_seconds_per_image"],
             "alone": alone[name].costs() if name in alone else None,
+            **({"compiled": compiling(name, drawn, seconds_of_first[name])} if name in COMPILED else {}),
             **fidelity(extractor.label, seen[name], seen["study"], real, prompts),
         }
         print(name, json.dumps(rows[name]), flush=True)

@@ -12,7 +12,7 @@ OUT/sweep.json         the document; front.png and grid.png are its pictures
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
@@ -127,7 +127,7 @@ def sweep_guidance(
 
     with workers_of(num_workers, device) as (work, device):
         opened = [kept_extractor(uri, device if num_workers == 1 else "cpu") for uri in request.extractors]
-        asked = asdict(request) | {"splits": request_splits, "shards": manifest.digest, "device": device}
+        asked = request.document() | {"splits": request_splits, "shards": manifest.digest, "device": device}
         del asked["settings"]
         begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in opened]})
 

@@ -81,6 +81,10 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of pictures."),
+    ] = False,
 ) -> None:
     """Draw pictures from a trained model.
 
@@ -107,6 +111,7 @@ def generate(
             seed=seed,
             settings={name: value for name, value in asked.items() if value is not None},
             device=device,
+            compile=compile,
             on_progress=lambda done: bar.update(task, completed=done),
         )
     console.print(f"{len(paths)} pictures in {out}: {paths[0].name} to {paths[-1].name}")

@@ -206,7 +206,10 @@ def _seconds_per_image(evaluation: Evaluation) -> _Entry | None:
     drawn = evaluation.generation
     if drawn is None:
         return None
-    conditions = (("device", drawn.device), ("resolution", drawn.resolution), ("batch size", drawn.batch_size))
+    conditions = (
+        *(("device", drawn.device), ("resolution", drawn.resolution)),
+        *(("batch size", drawn.batch_size), ("compilation", drawn.compiled)),
+    )
     return _Entry(drawn.seconds_per_image, None, conditions)
 
 
@@ -217,6 +220,7 @@ def _setting_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             "resolution": run.generation.resolution,
             "batch_size": run.generation.batch_size,
             "device": run.generation.device,
+            **({"compiled": True} if run.generation.compiled else {}),
         }
         if run.generation
         else {}

@@ -93,11 +93,21 @@ class Request:
     """guidance_scale, num_inference_steps and the like, where they are not the model's own."""
     batch_size: int = 8
     """Images drawn at a time. A part of what is asked, for another batch size rounds another way."""
+    compile: bool = False
+    """Compile the denoiser, which rounds another way too."""
 
     def absolute(self) -> "Request":
         """The same by names that hold in any process, whatever folder it works in."""
         extractors = tuple(absolute_extractor(uri) for uri in self.extractors)
         return replace(self, shards=storage.absolute(self.shards), extractors=extractors)
+
+    def document(self) -> dict[str, Any]:
+        """As plain data, to tell one request from another. Compiling is named only where it is asked for: what was
+        begun before it could be goes on."""
+        document = asdict(self)
+        if not self.compile:
+            del document["compile"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ def evaluate(
 
     with workers_of(num_workers, device) as (work, device):
         extractors = [kept_extractor(uri, device if num_workers == 1 else "cpu") for uri in request.extractors]
-        asked = asdict(request) | {"splits": splits, "shards": manifest.digest, "device": device}
+        asked = request.document() | {"splits": splits, "shards": manifest.digest, "device": device}
         asked |= {"settings": dict(subject.settings)}  # a registered version's own may have changed since
         begin(out, asked | {"model": subject.record.digest, "extractors": [e.record.digest for e in extractors]})
         if storage.exists(storage.join(out, EVALUATION)):
@@ -167,7 +177,13 @@ def evaluate(
         samples = samples_of(subject, request, reference)
         prompts = [sample.prompt for sample in samples]
         source = subject.found or Drawn(
-            pinned_uri, tuple(prompts), request.seed, subject.settings, device, default_tracking_uri()
+            pinned_uri,
+            tuple(prompts),
+            request.seed,
+            subject.settings,
+            device,
+            default_tracking_uri(),
+            compile_for=min(request.batch_size, len(samples)) if request.compile else None,
         )
         shares = shares_of(len(samples), request.batch_size)
         deque(work("Drawing", ShareWorker(source, request.extractors, device, out), shares, on_progress), maxlen=0)
@@ -213,6 +229,7 @@ def evaluate(
             settings=dict(subject.settings),
             images_per_prompt=request.images_per_prompt,
             batch_size=request.batch_size,
+            compiled=request.compile,
             resolution=subject.resolution,
             device=device_name,
             seconds_per_image=float(seen["seconds"].sum()) / len(samples),

@@ -13,6 +13,7 @@ from cluster.progress import progress_lines
 from trainers.evaluation_options import (
     BatchSize,
     Cache,
+    Compile,
     Device,
     Extractors,
     GuidanceScale,
@@ -55,6 +56,7 @@ def evaluate(
     batch_size: BatchSize = 8,
     workers: Workers = 1,
     device: Device = None,
+    compile: Compile = False,
     out: Annotated[
         str | None, typer.Option(help="Folder or s3:// prefix; one that was cut off goes on. Default: evaluations/…")
     ] = None,
@@ -77,6 +79,7 @@ def evaluate(
         extractors=extractor,
         seed=seed,
         batch_size=batch_size,
+        compile=compile,
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,

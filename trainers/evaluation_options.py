@@ -33,6 +33,9 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same ima
 BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of images.")
+]
 Cache = Annotated[
     str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation.")
 ]
@@ -47,6 +50,7 @@ def request_of(
     extractors: Sequence[str] | None,
     seed: int,
     batch_size: int,
+    compile: bool,
     **settings: float | str | None,
 ) -> "Request":
     """The evaluation that the options ask for; `settings` are those of drawing, None where the model's own hold."""
@@ -61,4 +65,5 @@ def request_of(
         extractors=tuple(extractors or ("random-vgg",)),
         settings={name: value for name, value in settings.items() if value is not None},
         batch_size=batch_size,
+        compile=compile,
     )

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
@@ -17,6 +17,7 @@ from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from cluster.weights import local_weights
 from data_shards import derive_seed
+from trainers.compiling import compile_blocks
 from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
@@ -30,6 +31,7 @@ INDEX = "model_index.json"
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
 FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Model:
 
     pipeline: DiffusionPipeline
     drawing: Drawing
+    compiled_for: int | None = None
+    """How many pictures at a time its denoiser is compiled for, if it is: fewer are drawn among copies of the last,
+    which takes a batch's time, where another shape would take a compilation's."""
 
     def draw(
         self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
@@ -80,21 +85,30 @@ class Model:
         arguments = self.drawing.arguments(settings)
         if self.drawing.family == "flux":
             del arguments["sampler"]  # it has one alone
+        filled = _filled(prompts, self.compiled_for)
+        seeds = _filled([derive_seed(seed, "generate", number) for number in numbers], self.compiled_for)
         images: list[Image.Image] = self.pipeline(
-            list(prompts),
-            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(prompts)},
-            generator=[torch.Generator().manual_seed(derive_seed(seed, "generate", number)) for number in numbers],
+            filled,
+            **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(filled)},
+            generator=[torch.Generator().manual_seed(one) for one in seeds],
         ).images
-        return images
+        return images[: len(prompts)]
 
 
-def load_model(model_uri: str, device: str | None = None) -> Model:
+def load_model(model_uri: str, device: str | None = None, *, compile_for: int | None = None) -> Model:
     """Open a model on `device`, or on a GPU if there is one; `model_uri` as in trainers.model_source.open_model.
 
-    Raises UserError when there is no such model or it is of no known kind.
+    With `compile_for`, its denoiser is compiled for so many pictures at a time, when it first draws. The pictures are
+    the same but for rounding.
+
+    Raises UserError when there is no such model, it is of no known kind, or nothing can be compiled.
     """
     with open_model(model_uri) as source:
-        return load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
+        model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
+    if compile_for is None:
+        return model
+    compile_blocks(model.pipeline.transformer if model.drawing.family == "flux" else model.pipeline.unet)
+    return replace(model, compiled_for=compile_for)
 
 
 def load_pipeline(
@@ -166,13 +180,14 @@ def generate(
     seed: int,
     device: str | None,
     settings: Mapping[str, Any],
+    compile: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
     Picture i depends on (seed, i) alone. Each file carries what made it in its text fields. `settings` are
     negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps, sampler and precision, as far as they are not
-    the model's own.
+    the model's own. Compiling takes a minute or more, and pays where many are drawn.
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
@@ -180,7 +195,7 @@ def generate(
         storage.check_writable(str(out))
     except storage.StorageError as error:
         raise UserError(f"{error}; choose another --out") from None
-    model = load_model(model_uri, device)
+    model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
     about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
     written: list[Path] = []
     for start in range(0, num_images, batch_size):
@@ -214,6 +229,11 @@ def png(image: Image.Image, about: Mapping[str, str]) -> bytes:
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     return data.getvalue()
+
+
+def _filled(items: Sequence[T], size: int | None) -> list[T]:
+    """`items`, and the last of them again until there are `size`."""
+    return [*items, *[items[-1]] * ((size or 0) - len(items))]
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

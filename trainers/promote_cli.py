@@ -14,6 +14,7 @@ from cluster.promotion import PromotionDecision
 from trainers.evaluation_options import (
     BatchSize,
     Cache,
+    Compile,
     Device,
     Extractors,
     GuidanceScale,
@@ -53,6 +54,7 @@ def promote(
     batch_size: BatchSize = 8,
     workers: Workers = 1,
     device: Device = None,
+    compile: Compile = False,
     out: Annotated[
         str | None, typer.Option(help="Folder or s3:// prefix of both evaluations. Default: promotions/…")
     ] = None,
@@ -95,6 +97,7 @@ def promote(
         extractors=extractor,
         seed=seed,
         batch_size=batch_size,
+        compile=compile,
         guidance_scale=guidance_scale,
         true_cfg_scale=true_cfg_scale,
         num_inference_steps=num_inference_steps,

@@ -198,7 +198,12 @@ def test_hours_and_money_of_other_devices_are_not_compared_but_energy_is() -> No
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"resolution": 1024}, "resolution"), ({"batch_size": 1}, "batch size"), ({"device": "cpu"}, "device")],
+    [
+        ({"resolution": 1024}, "resolution"),
+        ({"batch_size": 1}, "batch size"),
+        ({"device": "cpu"}, "device"),
+        ({"compiled": True}, "compilation"),
+    ],
 )
 def test_seconds_are_compared_only_where_images_were_drawn_alike(change: dict[str, Any], reason: str) -> None:
     slower = changed(made_evaluation().generation, seconds_per_image=0.9)

@@ -1,5 +1,6 @@
 """Evaluations, whole: a model and folders of images beside real ones, cut off, and on several processes."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,6 +183,23 @@ def test_a_precision_is_part_of_how_the_images_were_drawn(judge: Judge, model: s
     assert "--precision bf16" in repeat_command(found)
     with pytest.raises(UserError, match=r"evaluation holds an evaluation whose settings differ"):
         judge(model)
+
+
+def test_compiled_pictures_are_not_mixed_with_others(judge: Judge, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.generate.compile_blocks", lambda unet: None)
+    eager = judge(model, "eager")
+    compiled = judge(model, "compiled", compile=True)
+    assert eager.generation is not None
+    assert compiled.generation is not None
+    assert (eager.generation.compiled, compiled.generation.compiled) == (False, True)
+    assert eager.generation.settings == compiled.generation.settings
+    assert repeat_command(compiled) == f"{repeat_command(eager)} --compile"
+    assert "on cpu, compiled" in Path("compiled/report.html").read_text()
+    for out, compile in (("eager", True), ("compiled", False)):
+        with pytest.raises(UserError, match=f"{out} holds an evaluation whose compile differ"):
+            judge(model, out, compile=compile)
+    # A folder of before compiling could be asked for is one of its kind.
+    assert "compile" not in json.loads(Path("eager/request.json").read_text())
 
 
 def test_mistakes_are_told_before_anything_is_drawn(judge: Judge, model: str, precomputed: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers import checkpoint
+from trainers.compiling import compile_blocks
 from trainers.ema import EMA
 from trainers.engines import Arriving, Saving
 from trainers.engines.ranks import Ranks
@@ -94,14 +95,3 @@ class DDPEngine(Ranks):
 
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, model=self._module, ema=self._ema, optimizer=self._optimizer)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile a model's blocks one by one: alike ones share their code, and all of them together take a fraction
-    of the time that the whole would."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                block.compile(dynamic=False)
-        else:
-            compile_blocks(child)

@@ -105,6 +105,8 @@ class Generation(Record):
     images_per_prompt: int
     batch_size: int
     """Images drawn at a time: another batch size rounds another way."""
+    compiled: bool = False
+    """Whether the denoiser was: it draws faster, and rounds another way."""
     resolution: int
     device: str
     seconds_per_image: float

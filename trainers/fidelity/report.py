@@ -121,7 +121,8 @@ def repeat_command(evaluation: Evaluation) -> str:
         options += [("batch_size", drawn.batch_size)]
         options += [(name, drawn.settings[name]) for name in ASKED_SETTINGS if name in drawn.settings]
     flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options if value is not None)
-    return f"medsynth evaluate {shlex.quote(evaluation.model.uri)} {' '.join(flags)}"
+    compiled = " --compile" if drawn is not None and drawn.compiled else ""
+    return f"medsynth evaluate {shlex.quote(evaluation.model.uri)} {' '.join(flags)}{compiled}"
 
 
 # --- what the template shows ---
