@@ -10,6 +10,7 @@ from an empty cache, and stands beside the same uncompiled.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
