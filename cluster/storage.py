@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 TRANSFER_THREADS = 8
 READ_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+CONNECTIONS = 64  # kept: more threads than read at once, each of which would else open its own for one request
 READ_TIMEOUT_SECONDS = 20  # without a byte
 
 
@@ -272,7 +273,10 @@ def _client(process: int) -> Any:
     client = boto3.session.Session().client(
         "s3",
         config=Config(
-            retries={"mode": "standard", "max_attempts": 4}, connect_timeout=5, read_timeout=READ_TIMEOUT_SECONDS
+            retries={"mode": "standard", "max_attempts": 4},
+            connect_timeout=5,
+            read_timeout=READ_TIMEOUT_SECONDS,
+            max_pool_connections=CONNECTIONS,
         ),
     )
     client.meta.events.register("after-call.s3", _count_retries)

@@ -97,6 +97,7 @@ class Job:
     settings: Precomputed
     device: str
     batch_size: int
+    most_workers: int | None
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,17 @@ def precompute(
     extra_prompts: Sequence[str] = (),
     device: str | None = None,
     batch_size: int = 8,
+    most_workers: int | None = None,
     on_progress: Progress = lambda what, done, total: None,
     on_encoded: Callable[[int, float], None] = lambda images, seconds: None,
 ) -> Manifest:
     """Encode all images of `shards`, their distinct captions, the empty prompt and `extra_prompts`; write to `out`.
 
     `device` is "cuda" where there is one, else "cpu". Where RAY_ADDRESS names a cluster, its GPUs (or CPUs) each encode
-    whole files: the set is the same. `on_encoded` is told how many images this call encoded, and in how many seconds. A
-    second call with the same arguments encodes nothing; one after a killed call goes on where that was. What other
-    arguments leave as it is (all images, where only a prompt is new) is kept. Raises UserError if `out` holds something
-    else.
+    whole files: the set is the same. A cluster that grows is asked for `most_workers` of them, or without a number for
+    one a file. `on_encoded` is told how many images this call encoded, and in how many seconds. A second call with the
+    same arguments encodes nothing; one after a killed call goes on where that was. What other arguments leave as it is
+    (all images, where only a prompt is new) is kept. Raises UserError if `out` holds something else.
     """
     source = _images(shards)
     if storage.absolute(out) == storage.absolute(shards):
@@ -155,7 +157,7 @@ def precompute(
         if existing := _finished(out, settings, encoders, extra_prompts):
             return existing
         _unpublish(out)
-        job = Job(storage.absolute(shards), storage.absolute(out), encoders, settings, device, batch_size)
+        job = Job(storage.absolute(shards), storage.absolute(out), encoders, settings, device, batch_size, most_workers)
         encoded = _encode_shards(job, source, on_progress, on_encoded)
         # Extra prompts come last: others make another last file, and leave those before it.
         captions = [caption for piece in encoded for caption in piece.captions]
@@ -345,7 +347,7 @@ def _made(job: Job, tasks: Sequence[Task], make_encoder: Callable[[Job], Callabl
     from cluster.runtime import grows, map_actors, total
 
     resource = "CPU" if job.device == "cpu" else "GPU"
-    num_actors = len(tasks) if grows() else max(1, total(resource))
+    num_actors = (job.most_workers or len(tasks)) if grows() else max(1, total(resource))
     gpus = 0 if job.device == "cpu" else 1
     yield from map_actors(partial(make_encoder, job), tasks, num_actors=num_actors, gpus_per_actor=gpus)
 
@@ -422,9 +424,10 @@ def _decoded(job: Job, shard: ShardEntry) -> Iterator[tuple[list[Encoded], list[
 def _moments(encode: EncodeImages, images: Tensor, job: Job) -> list[dict[str, bytes]]:
     """The members of moments of each of `images` [B, 3, H, W]."""
     images = images.to(job.device)
-    variants = {MOMENTS_MEMBER: [_npy(moments) for moments in encode(images)]}
-    if job.settings.horizontal_flip:
-        variants[MIRRORED_MOMENTS_MEMBER] = [_npy(moments) for moments in encode(images.flip(-1))]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else it rounds what convolutions read to 10 bits
+        variants = {MOMENTS_MEMBER: [_npy(moments) for moments in encode(images)]}
+        if job.settings.horizontal_flip:
+            variants[MIRRORED_MOMENTS_MEMBER] = [_npy(moments) for moments in encode(images.flip(-1))]
     return [dict(zip(variants, values, strict=True)) for values in zip(*variants.values(), strict=True)]
 
 

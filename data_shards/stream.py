@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 STEPS_AHEAD = 2
 FETCH_THREADS = 4
 MAX_BAD_IN_A_ROW = 16
-PROMPT_MEMORY_BYTES = 2**30  # of one stream
+PROMPT_MEMORY_BYTES = 2**30  # of one stream; a rank has two, of which the validation's sees fewer prompts
 MAX_HEADER = 4096  # bytes of an array's; ours have 128
 
 

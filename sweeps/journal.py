@@ -6,7 +6,7 @@ SWEEP/run.json              the MLflow run that records the sweep
 SWEEP/trials/000.yaml       the recipe of a trial
 SWEEP/trials/000.json       how it fares
 SWEEP/NAME-000/             its run, as `medsynth train` makes one
-SWEEP/NAME-shared/          the run that trained what all trials share, if there is such a stage
+SWEEP/NAME-shared/          the run that trained what all trials share, if there is such a stage, and encoded by it
 SWEEP/NAME-000/guidance/    the sweep over guidance that it was judged by, if the specification has that block
 SWEEP/features/             what extractors saw in the real images, for all of these
 SWEEP/report/               pictures

@@ -636,7 +636,7 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
         unrecorded = progress.unrecorded
         measured = progress.metrics.get(metric.removeprefix(f"{progress.stage}/"))
         try:
-            if is_news:
+            if is_news or progress.is_preparation:
                 tell("running")
             if progress.stage == stage:
                 tell_new(recorded() | ({} if measured is None else {progress.step: measured}))

@@ -128,6 +128,7 @@ def train_recipe(
             on_progress(Progress(what, done, total, {}, is_preparation=True))
 
         try:
+            release(run)
             for stage in trained:
                 if not run.has_model(stage):
                     family.prepare(recipe, stage, run, on_preparing)
@@ -247,7 +248,6 @@ def _train_stage(
     on_stop_requested: Callable[[], None],
 ) -> None:
     """Train one stage under Ray Train and put its model into the run's folder."""
-    release(run)
     cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": runtime.here()})

@@ -97,7 +97,7 @@ def watching(console: Console, command: str) -> Iterator[Watch]:
         console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        console.print(f"Given up; the latest checkpoint is kept. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped at once; what was finished is kept. To go on: {command}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 

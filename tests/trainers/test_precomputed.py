@@ -81,6 +81,9 @@ def test_the_denoiser_sees_what_it_would_see_from_images(recipe: MSDMRecipe, run
 
 
 def test_validation_drops_no_caption(recipe: MSDMRecipe, run: RunFolder) -> None:
+    document = recipe.model_dump()
+    document["denoiser"]["caption_dropout"] = 0.99
+    recipe = MSDMRecipe.model_validate(document)
     stage, _ = msdm.build(recipe, "denoiser", run, CPU)
     for batch in msdm.open_stream(recipe, "denoiser", run, "validation").one_pass(4):
         embeds = given(stage, batch, False)["prompt_embeds"]

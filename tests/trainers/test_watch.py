@@ -55,7 +55,9 @@ def test_the_summary_has_the_last_fidelity_and_what_failed() -> None:
     assert "Failed: fidelity at step 20: cannot read weights [abc]" in out.getvalue()
 
 
-@pytest.mark.parametrize(("interruption", "said"), [(RunStopped, "Stopped and saved"), (KeyboardInterrupt, "Given up")])
+@pytest.mark.parametrize(
+    ("interruption", "said"), [(RunStopped, "Stopped and saved"), (KeyboardInterrupt, "Stopped at once")]
+)
 def test_who_interrupts_a_run_is_told_how_to_go_on(interruption: type[BaseException], said: str) -> None:
     out = io.StringIO()
     before = signal.getsignal(signal.SIGTERM)

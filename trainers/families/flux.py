@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 STAGES = ("transformer",)
-PREVIEW_PROMPTS_BYTES = 2**30
+PREVIEW_PROMPTS_BYTES = 2**27
 
 
 def training_of(recipe: FluxRecipe, stage: str) -> Training:

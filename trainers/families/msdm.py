@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from cluster import storage
 from cluster.errors import UserError
 from cluster.nodes import Node
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
@@ -59,8 +60,10 @@ def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: Prepari
                 horizontal_flip=data.horizontal_flip,
                 prompts=prompts,
             )
-        except UserError:  # it draws other prompts than the run that it would borrow from
-            run.use_own_precomputed()
+        except UserError as error:
+            if isinstance(error, storage.StorageError) and not isinstance(error, storage.NotFoundError):
+                raise  # it may answer in a minute
+            run.use_own_precomputed()  # this run draws other prompts than the one it would borrow from
         else:
             return
     precompute(
@@ -71,6 +74,7 @@ def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: Prepari
         horizontal_flip=data.horizontal_flip,
         extra_prompts=prompts,
         device="cuda" if recipe.cluster.use_gpu else "cpu",
+        most_workers=recipe.cluster.max_workers,
         on_progress=on_progress,
     )
 

@@ -4,6 +4,8 @@ Levels of representation: image [B, 3, H, W] in [-1, 1] -> moments (mean and log
 -> a draw from it -> latents, standardised per channel: what the denoiser sees.
 """
 
+from functools import lru_cache
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -73,6 +75,10 @@ def set_channel_statistics(vae: AutoencoderKL, draws: Tensor) -> None:
 
 
 def _channel_statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(vae.config.latents_mean, dtype=like.dtype, device=like.device)
-    std = torch.tensor(vae.config.latents_std, dtype=like.dtype, device=like.device)
-    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return _per_channel(tuple(mean), like.dtype, like.device), _per_channel(tuple(std), like.dtype, like.device)
+
+
+@lru_cache(16)  # made once: a process waits for the GPU that it hands numbers of its own to
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

@@ -21,7 +21,8 @@ class Block(BaseModel):
 
 
 class Cache(Block):
-    """Shards kept on each machine's own disk, of use where they come from object storage for several epochs."""
+    """Shards and prompt embeddings kept on each machine's own disk, of use where they come from object storage for
+    several epochs."""
 
     folder: Place
     """On each machine; ranks and trainings there share it."""
