@@ -9,8 +9,18 @@ from rich.progress import Progress
 PLAIN_LINES = 4  # of each kind of work, where there is no terminal
 
 
-def is_worth_a_line(done: int, total: int) -> bool:
-    return done == total or done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total
+class PlainLines:
+    """Which news of long work are worth a line in a log: the first to come past each quarter."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, int] = {}
+
+    def is_due(self, what: str, done: int, total: int) -> bool:
+        reached = done * PLAIN_LINES // max(total, 1)
+        is_due = reached > self._told.get(what, 0)
+        if is_due:
+            self._told[what] = reached % PLAIN_LINES  # all of it done, the same work may begin anew
+        return is_due
 
 
 @contextmanager
@@ -18,10 +28,11 @@ def progress_lines(console: Console) -> Iterator[Callable[[str, int, int], None]
     """A function (what, done, total) to call as often as there is news."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
+        lines = PlainLines()
 
         def show(what: str, done: int, total: int) -> None:
             if not console.is_terminal:
-                if is_worth_a_line(done, total):
+                if lines.is_due(what, done, total):
                     console.print(f"{what}: {done}/{total}")
                 return
             if what not in tasks:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import UserError
-from cluster.progress import is_worth_a_line
+from cluster.progress import PlainLines
 from sweeps.guidance_cli import run_guidance_sweep
 from sweeps.guidance_spec import load_guidance_spec
 from sweeps.lr_find_cli import run_lr_find
@@ -191,6 +191,7 @@ class TrialTable:
         self._total = total
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._said: dict[int, tuple[str, int]] = {}
+        self._lines = PlainLines()
         self._started = time.monotonic()
 
     def __enter__(self) -> "TrialTable":
@@ -215,7 +216,8 @@ class TrialTable:
 
     def show_training(self, progress: "Progress") -> None:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if "loss" in name)
-        if figures or (progress.is_preparation and is_worth_a_line(progress.step, progress.steps)):
+        is_due = progress.is_preparation and self._lines.is_due(progress.stage, progress.step, progress.steps)
+        if figures or is_due:
             self.say(f"{progress.stage}, for all trials: {progress.step}/{progress.steps} {figures}".rstrip())
 
     def say(self, line: str) -> None:

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cluster.progress import is_worth_a_line
+from cluster.progress import PlainLines
 
 if TYPE_CHECKING:
     from trainers.launch import Progress, TrainedRun
@@ -45,6 +45,7 @@ class Watch:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._lines = PlainLines()
         self._started = time.monotonic()
         self._is_recorded = True
 
@@ -67,7 +68,8 @@ class Watch:
             )
         figures = _figures(progress.metrics)
         if not self._console.is_terminal:
-            if not figures and not (progress.is_preparation and is_worth_a_line(progress.step, progress.steps)):
+            is_due = progress.is_preparation and self._lines.is_due(progress.stage, progress.step, progress.steps)
+            if not figures and not is_due:
                 return
             elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
             self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}".rstrip())

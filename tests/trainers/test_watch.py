@@ -31,6 +31,16 @@ def test_a_log_gets_a_plain_line_for_each_report_of_figures() -> None:
     ]
 
 
+def test_a_log_gets_a_line_for_each_quarter_of_what_is_prepared() -> None:
+    out = io.StringIO()
+    with Watch(Console(file=out, highlight=False)) as watch:
+        for done in (0, 90, 180, 270, 400, 802):
+            watch.show(Progress("encoding images", done, 802, {}, is_preparation=True))
+        watch.show(Progress("encoding prompts", 0, 0, {}, is_preparation=True))
+    lines = [line.split(" ", 1)[1].strip() for line in out.getvalue().splitlines()]
+    assert lines == ["encoding images 270/802", "encoding images 802/802"]
+
+
 def test_a_terminal_gets_a_bar_that_keeps_the_last_figures() -> None:
     out = io.StringIO()
     with Watch(Console(file=out, force_terminal=True, width=120)) as watch:
