@@ -65,6 +65,9 @@ def test_what_a_training_rank_shows(
         tracking__register_as=None,
     )
     begin_with_vae(recipe, "seen")
+    run, lender = RunFolder.of(recipe, "seen"), RunFolder(s3_shards.replace("/shards", "/lender"))
+    storage.upload_folder(Path(run.precomputed), lender.precomputed)
+    run.borrow_precomputed(lender)  # what the denoiser reads is to be behind the faults too
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     seen: Exported = {}
 
