@@ -83,8 +83,10 @@ def vae_model(recipe: MSDMRecipe, run: RunFolder) -> None:
 
 
 def prepare_denoiser(recipe: MSDMRecipe, run: RunFolder) -> None:
-    """Precompute what the denoiser is trained on, with the run's autoencoder."""
-    msdm.prepare(recipe, "denoiser", run, lambda what, done, total: None)
+    """Precompute what the denoiser is trained on, with the run's autoencoder, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        msdm.prepare(recipe, "denoiser", run, lambda what, done, total: None)
 
 
 @pytest.fixture
