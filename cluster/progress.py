@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import Progress
+if TYPE_CHECKING:  # whoever only tells of progress, as each process of Ray's, draws none
+    from rich.console import Console
+
+OnProgress = Callable[[str, int, int], None]
+"""(what is done, how many are done, of how many)."""
 
 PLAIN_LINES = 4  # of each kind of work, where there is no terminal
 
@@ -24,8 +28,10 @@ class PlainLines:
 
 
 @contextmanager
-def progress_lines(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress_lines(console: "Console") -> Iterator[OnProgress]:
     """A function (what, done, total) to call as often as there is news."""
+    from rich.progress import Progress
+
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
         lines = PlainLines()

@@ -44,6 +44,11 @@ class NotFoundError(StorageError):
     """A place where nothing is."""
 
 
+def is_outage(error: object) -> bool:
+    """Whether an error is a storage's that did not answer, and may do so in a minute."""
+    return isinstance(error, StorageError) and not isinstance(error, NotFoundError)
+
+
 def is_remote(uri: str) -> bool:
     return uri.startswith("s3://")
 

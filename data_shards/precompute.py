@@ -27,10 +27,20 @@ from torch import Tensor
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
+from cluster.progress import OnProgress
 from data_shards.decode import ImageError, decode
 from data_shards.manifest import MANIFEST, Manifest, Precomputed, ShardEntry, index_name
 from data_shards.parallel import is_connected, names_cluster, on_named_cluster
-from data_shards.prompts import AGAIN, FORMAT_VERSION, INDEX, Embeddings, PromptFile, PromptIndex, write_prompts
+from data_shards.prompts import (
+    AGAIN,
+    EMPTY_PROMPT,
+    FORMAT_VERSION,
+    INDEX,
+    Embeddings,
+    PromptFile,
+    PromptIndex,
+    write_prompts,
+)
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import ABOUT_MEMBER, MIRRORED_MOMENTS_MEMBER, MOMENTS_MEMBER
 from data_shards.stream import prefetched
@@ -38,14 +48,12 @@ from data_shards.writer import digest_of, write_tar
 
 logger = logging.getLogger(__name__)
 
-EMPTY_PROMPT = ""
 PROMPTS_PER_FILE = 64  # 256 MiB at FLUX's 512 tokens of 4096: little to encode again after a crash, few objects
 DECODING_THREADS = 4
 BATCHES_AHEAD = 2
 # Names that files of a set have, also those half written by a killed process.
 OURS = re.compile(r"\.?(prompts-\d{6}\.safetensors|[^/]+-\d{6}\.tar|prompts\.json|manifest\.json)(\.|$)")
 
-Progress = Callable[[str, int, int], None]
 EncodeImages = Callable[[Tensor], Tensor]
 EncodePrompts = Callable[[Sequence[str]], Embeddings]
 
@@ -136,7 +144,7 @@ def precompute(
     device: str | None = None,
     batch_size: int = 8,
     most_workers: int | None = None,
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
     on_encoded: Callable[[int, float], None] = lambda images, seconds: None,
 ) -> Manifest:
     """Encode all images of `shards`, their distinct captions, the empty prompt and `extra_prompts`; write to `out`.
@@ -262,8 +270,10 @@ def _finished(out: str, settings: Precomputed, encoders: Encoders, prompts: Sequ
         return None
     try:
         index = PromptIndex.load(out)
-    except UserError:  # of another version, which what is made now takes the place of
-        return None
+    except UserError as error:
+        if storage.is_outage(error):
+            raise
+        return None  # of another version, which what is made now takes the place of
     names = {shard.name for shard in existing.shards} | {file.name for file in index.files}
     serves = not any(_differences(existing.precomputed, settings, encoders.components, index, prompts))
     return existing if serves and names <= found else None
@@ -356,7 +366,7 @@ def _made(job: Job, tasks: Sequence[Task], make_encoder: Callable[[Job], Callabl
 
 
 def _encode_shards(
-    job: Job, source: Manifest, on_progress: Progress, on_encoded: Callable[[int, float], None]
+    job: Job, source: Manifest, on_progress: OnProgress, on_encoded: Callable[[int, float], None]
 ) -> list[EncodedShard]:
     """One shard of moments for each shard of images."""
     settings = job.settings
@@ -440,7 +450,7 @@ def _npy(tensor: Tensor) -> bytes:
 # --- prompts ---
 
 
-def _encode_prompts(job: Job, prompts: Sequence[str], on_progress: Progress) -> list[PromptFile]:
+def _encode_prompts(job: Job, prompts: Sequence[str], on_progress: OnProgress) -> list[PromptFile]:
     settings = job.settings
     text_parts = {name: digest for name, digest in settings.components.items() if name != "vae"}
     tasks = []

@@ -27,6 +27,7 @@ from data_shards.block_cache import BlockCache
 from data_shards.manifest import MAX_BYTES, FileName, Sha256
 from data_shards.reader import read_checked
 
+EMPTY_PROMPT = ""
 INDEX = "prompts.json"
 FORMAT_VERSION: Final = 2
 AGAIN = "precompute the set again (FLUX: medsynth shards precompute RECIPE; MSDM: start the training again)"

@@ -13,7 +13,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from webdataset.writer import TarWriter
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.progress import OnProgress
 from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
 from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
@@ -94,7 +95,7 @@ def write_shards(
     source: Mapping[str, str],
     overwrite: bool = False,
     num_workers: int = 4,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Manifest:
     """Write shards, quarantine.jsonl, duplicates.jsonl and manifest.json to `out` and return the manifest.
 
@@ -186,7 +187,7 @@ def _check_all(
     inputs: Sequence[Record],
     settings: Settings,
     apply: Map,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> tuple[list[Checked], list[dict[str, str]]]:
     """The good samples, and for each bad one its source id, the kind of its fault, and the whole reason."""
     checked: list[Checked] = []

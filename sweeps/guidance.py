@@ -26,6 +26,7 @@ from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.progress import OnProgress
 from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import Tracker, default_tracking_uri, find_run
@@ -37,7 +38,6 @@ from sweeps.guidance_spec import GuidanceGrid
 from sweeps.pareto import pareto_front
 from trainers.evaluate import (
     EXPERIMENT,
-    OnProgress,
     Request,
     alignment_measures,
     check_request,

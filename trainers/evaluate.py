@@ -25,6 +25,7 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.evaluations import EVALUATION as EVALUATION_KIND
 from cluster.evaluations import FOLDER, KIND, PARENT
+from cluster.progress import OnProgress
 from cluster.provenance import git_commit
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
@@ -68,7 +69,6 @@ from trainers.recipe import Recipe
 T = TypeVar("T")
 R = TypeVar("R")
 MakeWorker = Callable[[], Callable[[Any], Any]]
-OnProgress = Callable[[str, int, int], None]
 """(what, done, total)"""
 TRAIN = "train"
 EXPERIMENT = "evaluations"  # of models that no run is known to have trained

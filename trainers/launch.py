@@ -354,14 +354,9 @@ def _fit(
 
 
 def _hopeless(error: object) -> UserError | None:
-    """The user's mistake, as is a divergence, behind a worker's failure, if it is one: no restart could mend it.
-
-    A storage that does not answer may do so in a minute.
-    """
+    """The user's mistake, as is a divergence, behind a worker's failure, if it is one: no restart could mend it."""
     original = getattr(error, "_base_exc", error)
-    if isinstance(original, storage.StorageError) and not isinstance(original, storage.NotFoundError):
-        return None
-    return original if isinstance(original, UserError) else None
+    return original if isinstance(original, UserError) and not storage.is_outage(original) else None
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from cluster import storage
 from data_shards import Batch, Manifest, PromptStore, derive_seed
 from data_shards.manifest import MANIFEST
+from data_shards.prompts import PromptIndex
 from tests.trainers.test_loop import CPU, prepare_denoiser, run, vae_model, with_training
 from trainers import randomness
 from trainers.families import msdm, stream_from
@@ -159,6 +160,28 @@ def test_what_is_there_is_not_encoded_again(
     prepare_denoiser(recipe.model_copy(update={"sampling": sampling}), run)
     assert opened == ["prompt_encoder"]
     PromptStore(run.precomputed, 0).get(["a unicorn"])
+
+
+def test_an_outage_is_no_reason_to_encode_anew(
+    recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    borrower = RunFolder(str(tmp_path / "borrower"))
+    shutil.copytree(run.model("vae"), borrower.model("vae"))
+    borrower.borrow_precomputed(run)
+    before = Manifest.load(run.precomputed)
+
+    def unanswered(uri: str) -> PromptIndex:
+        raise storage.StorageError(f"cannot read {uri}: 503")
+
+    opened = encoding(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptIndex, "load", unanswered)
+        for one in (run, borrower):
+            with pytest.raises(storage.StorageError, match="503"):
+                prepare_denoiser(recipe, one)
+    assert opened == []
+    assert borrower.borrows_precomputed
+    assert Manifest.load(run.precomputed) == before
 
 
 def test_another_autoencoder_makes_another_set(

@@ -3,7 +3,7 @@
 A module is read only when its family is trained: MSDM does not need DeepSpeed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from cluster.nodes import Node
+from cluster.progress import OnProgress
 from data_shards import Manifest, ShardStream
 from data_shards.block_cache import BlockCache
 from data_shards.manifest import check_present
@@ -19,9 +20,6 @@ from trainers.recipe import Recipe, Training
 from trainers.recipe.blocks import Cache
 from trainers.run_folder import RunFolder
 from trainers.stage import Stage
-
-Preparing = Callable[[str, int, int], None]
-"""(what is done, how many are done, of how many)."""
 
 
 class Family(Protocol):
@@ -42,7 +40,7 @@ class Family(Protocol):
         """Raises UserError, before a worker starts, if the cluster's machines could never hold the training."""
         ...
 
-    def prepare(self, recipe: Any, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+    def prepare(self, recipe: Any, stage: str, run: RunFolder, on_progress: OnProgress) -> None:
         """Make, once, what a stage reads besides the recipe's data. Raises UserError if it cannot be made."""
         ...
 

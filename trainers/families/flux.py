@@ -11,9 +11,10 @@ import torch
 
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.progress import OnProgress
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
-from trainers.families import Preparing, check_splits, stream_from
+from trainers.families import check_splits, stream_from
 from trainers.flux.encoders import FluxEncoders
 from trainers.flux.load import load_decoding_parts, transformer_config, transformer_weights
 from trainers.recipe import FluxRecipe, Training
@@ -68,7 +69,7 @@ def check_fits(recipe: FluxRecipe, nodes: Sequence[Node]) -> None:
     plan.check_fits(recipe, nodes)
 
 
-def prepare(recipe: FluxRecipe, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+def prepare(recipe: FluxRecipe, stage: str, run: RunFolder, on_progress: OnProgress) -> None:
     """Nothing: `check` has found it prepared, by `medsynth shards precompute`."""
 
 

@@ -12,9 +12,10 @@ import torch
 from cluster import storage
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.progress import OnProgress
 from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
 from trainers.engines import Engine
-from trainers.families import Preparing, check_splits, stream_from
+from trainers.families import check_splits, stream_from
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder, finished_model
 from trainers.stage import Stage
@@ -42,7 +43,7 @@ def check_fits(recipe: MSDMRecipe, nodes: Sequence[Node]) -> None:
     """Nothing is refused: what MSDM takes, any GPU made for training has."""
 
 
-def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: Preparing) -> None:
+def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: OnProgress) -> None:
     """For the denoiser: the latents' moments of all images and the embeddings of all prompts, by frozen encoders."""
     if stage == "vae":
         return
@@ -61,8 +62,8 @@ def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: Prepari
                 prompts=prompts,
             )
         except UserError as error:
-            if isinstance(error, storage.StorageError) and not isinstance(error, storage.NotFoundError):
-                raise  # it may answer in a minute
+            if storage.is_outage(error):
+                raise
             run.use_own_precomputed()  # this run draws other prompts than the one it would borrow from
         else:
             return

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor, nn
 
 from data_shards import Batch, PromptStore, derive_seed
+from data_shards.prompts import EMPTY_PROMPT
 from trainers import randomness
 from trainers.flux.footprint import footprint
 from trainers.objectives import RectifiedFlowObjective
@@ -16,8 +17,6 @@ from trainers.recipe import FluxRecipe
 from trainers.stage import Stage
 from trainers.timesteps import flow_sigmas
 from trainers.transfer import to_device
-
-EMPTY_PROMPT = ""
 
 
 def transformer_stage(

@@ -8,9 +8,10 @@ from diffusers import AutoencoderKL
 
 from data_shards import Batch
 from trainers import checkpoint, randomness
+from trainers.msdm.denoiser import build_denoiser
 from trainers.msdm.pipeline import MSDMPipeline
 from trainers.msdm.text_encoder import load_text_encoder
-from trainers.msdm.unet import build_scheduler, build_unet
+from trainers.msdm.unet import build_scheduler
 from trainers.msdm.vae import TrainableVAE, build_vae, moments, set_channel_statistics
 from trainers.recipe import MSDMRecipe, dump_recipe
 
@@ -38,12 +39,7 @@ def export_pipeline(recipe: MSDMRecipe, vae_folder: Path, checkpoint_folder: Pat
     # diffusers would write down where it lay, and no two exports of one model would have the same digest.
     vae.register_to_config(_name_or_path="")
     tokenizer, text_encoder = load_text_encoder(recipe.text_encoder)
-    unet = build_unet(
-        recipe.denoiser.architecture,
-        latent_channels=vae.config.latent_channels,
-        latent_side=recipe.data.resolution // recipe.vae.architecture.downsampling,
-        embedding_dim=text_encoder.config.hidden_size,
-    )
+    unet = build_denoiser(recipe, text_encoder.config.hidden_size)
     checkpoint.load_averaged_weights(checkpoint_folder, unet)
     pipeline = MSDMPipeline(
         vae=vae,

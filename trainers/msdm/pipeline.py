@@ -81,11 +81,9 @@ class MSDMPipeline(DiffusionPipeline):
         """
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         steps = num_inference_steps or self.config.default_num_inference_steps
-        if (prompt_embeds is None, negative_prompt_embeds is None) != (
-            prompt_mask is None,
-            negative_prompt_mask is None,
-        ):
-            raise ValueError("embeddings and their mask must be given together")
+        for embeds, mask in ((prompt_embeds, prompt_mask), (negative_prompt_embeds, negative_prompt_mask)):
+            if (embeds is None) != (mask is None):
+                raise ValueError("embeddings and their mask must be given together")
         if prompt_embeds is None or prompt_mask is None:
             prompt_embeds, prompt_mask = self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
         num_images = len(prompt_embeds)

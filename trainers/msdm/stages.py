@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from data_shards import Batch, PromptStore, derive_seed
+from data_shards.prompts import EMPTY_PROMPT
 from trainers import randomness
 from trainers.flops import pass_flops
 from trainers.msdm.denoiser import build_denoiser, denoiser_flops, denoising_objective
@@ -19,8 +20,6 @@ from trainers.precomputed import on_device, posterior_draw, prompt_embeddings
 from trainers.recipe import MSDMRecipe
 from trainers.stage import Stage
 from trainers.transfer import to_device
-
-EMPTY_PROMPT = ""
 
 
 def vae_stage(recipe: MSDMRecipe, examples: Tensor, device: torch.device) -> Stage:
