@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor import metrics
 
 from benchmarks.circumstances import RESULTS
 from benchmarks.flux_step import (
@@ -23,7 +25,7 @@ from benchmarks.flux_step import (
     training_step,
     variants,
 )
-from trainers.engines.bf16_adamw import Bf16AdamW, round_stochastically
+from trainers.engines.bf16_adamw import Bf16AdamW, round_stochastically, uniform_bits
 from trainers.objectives import RectifiedFlowObjective
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +61,51 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 def test_what_bf16_can_hold_is_not_changed() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
-    assert torch.equal(round_stochastically(values.float()), values)
-    assert torch.equal(round_stochastically(special).float(), special)
-    assert round_stochastically(torch.tensor([torch.nan])).isnan().all()
+    for noise in (0, 1, 2**16 - 1):
+        assert torch.equal(
+            round_stochastically(values.float(), torch.full((10_000,), noise, dtype=torch.int32)), values
+        )
+        few = torch.full((4,), noise, dtype=torch.int32)
+        assert torch.equal(round_stochastically(special, few).float(), special)
+        assert round_stochastically(torch.tensor([torch.nan]), few[:1]).isnan().all()
+
+
+def test_the_noise_is_a_hash_that_is_uniform_and_unrelated() -> None:
+    """The hash against unsigned arithmetic in NumPy; its values over a weight, of a neighbour, and of other keys."""
+    index = torch.arange(2**18, dtype=torch.int32)
+    keys = [12345, -(2**31), 2**31 - 1]
+    drawn = [uniform_bits(index, torch.tensor(key, dtype=torch.int32)) for key in keys]
+    for key, bits in zip(keys, drawn, strict=True):
+        mixed = np.arange(2**18, dtype=np.uint32) + np.uint32(key % 2**32)
+        mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x846CA68B)
+        assert np.array_equal(bits.numpy(), (mixed >> np.uint32(16)).astype(np.int32))
+        counts = np.bincount(bits.numpy() // 256, minlength=256)
+        assert len(counts) == 256
+        assert ((counts - 1024) ** 2 / 1024).sum() < 350  # chi-squared with 255 degrees of freedom, beyond 4 sigma
+        assert abs(np.corrcoef(bits[1:], bits[:-1])[0, 1]) < 0.01
+    assert abs(np.corrcoef(drawn[0], drawn[1])[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("compile_backend", [None, "aot_eager"])
+def test_a_step_rounds_by_its_seed_and_parts_as_a_whole(
+    compile_backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def updated(seed: int, elements: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("trainers.engines.bf16_adamw.PART_ELEMENTS", elements)
+        weights = [nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = Bf16AdamW(weights, learning_rate=1e-3, seed_of=lambda _: seed, compile_backend=compile_backend)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    first, second = updated(1, 2**24)
+    assert 10 < (first != 1).sum() < 990
+    assert not torch.equal(first, second)  # equal weights, equal gradients: each is rounded in its own way
+    assert torch.equal(updated(1, 2**24)[0], first)
+    assert torch.equal(updated(1, 300)[1], second)
+    assert not torch.equal(updated(2, 2**24)[0], first)
 
 
 def trained(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int) -> None:
@@ -105,6 +149,24 @@ def test_bf16_adamw_takes_adamws_steps(compile_backend: str | None) -> None:
         optimizer.step()
     for exact, weight in zip(references, weights, strict=True):
         torch.testing.assert_close(weight.float(), exact.detach(), rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.slow
+def test_a_compiled_update_is_one_kernel_and_rounds_alike() -> None:
+    """One kernel reads each state once. Bits may differ where a processor fuses products and sums."""
+    weights = [nn.Parameter(torch.linspace(-2, 2, 4096).bfloat16()) for _ in range(2)]
+    metrics.reset()
+    eager, compiled = (
+        Bf16AdamW([weight], learning_rate=1e-3, seed_of=lambda step: step, compile_backend=backend)
+        for weight, backend in zip(weights, (None, "inductor"), strict=True)
+    )
+    for weight in weights:
+        weight.grad = torch.linspace(1, -1, 4096).bfloat16()
+    for optimizer in (eager, compiled):
+        optimizer.step()
+    assert metrics.generated_kernel_count in (0, 2)  # one for vectors, one for matrices; none where both are cached
+    assert (weights[0] != weights[1]).sum() < 40
+    assert (weights[1] != torch.linspace(-2, 2, 4096).bfloat16()).any()
 
 
 # --- the script's parts ---

@@ -76,6 +76,13 @@ class Plan:
         return ranks * (HOST_BYTES_PER_PROCESS + sum(part.host_bytes for part in self.parts))
 
     @property
+    def copy_bytes(self) -> float:
+        """Of one host's memory, for the copy from which checkpoints are written beside the training. Without room for
+        it the training waits until they are written."""
+        hosts = 1 if self.recipe.transformer.engine == "ddp" else -(-self.num_gpus // self.gpu.gpus_per_host)
+        return self.checkpoint_bytes / hosts
+
+    @property
     def fits(self) -> bool:
         return self.gpu_bytes <= self.gpu.memory_bytes
 
@@ -316,11 +323,12 @@ def render(plan: Plan, console: Console) -> None:
     cost = "" if plan.cost is None else f", {plan.cost:,.0f} at {plan.price_per_gpu_hour:g} an hour"
     tokens = plan.recipe.max_tokens + (plan.recipe.data.resolution // (2 * PIXELS_PER_LATENT)) ** 2
     for line in (
-        f"Memory of one host: {plan.host_bytes / GIB:.0f} GiB; a checkpoint: {plan.checkpoint_bytes / 1e9:.0f} GB",
+        f"Memory of one host: {plan.host_bytes / GIB:.0f} GiB, and {plan.copy_bytes / GIB:.1f} GiB for the copy from which "
+        f"checkpoints are written beside the training; a checkpoint: {plan.checkpoint_bytes / 1e9:.1f} GB",
         f"Transformer: {counted.parameters:,} parameters, {counted.trainable:,} of them trained; an image is "
         f"{tokens:,} tokens, {counted.forward_flops / 1e12:.1f} TFLOP forward, {counted.pass_flops / 1e12:.1f} trained "
         f"with activation_checkpointing {settings.activation_checkpointing}",
-        f"Time, estimated: {plan.seconds_per_step:.2f} s a step, {plan.images_per_second:.1f} images/s; "
+        f"Time, estimated, not measured: {plan.seconds_per_step:.2f} s a step, {plan.images_per_second:.1f} images/s; "
         f"{training.steps:,} steps of {training.global_batch_size} images take {plan.gpu_hours:,.1f} GPU-hours{cost}",
         f"Assumed: {plan.gpu.matmul_flops * ACHIEVED_SHARE / 1e12:.0f} TFLOP/s a GPU "
         f"({ACHIEVED_SHARE:.0%} of its matrix products), {plan.gpu.bus / 1e9:.0f} GB/s between the GPUs of a machine, "

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import pytest
@@ -19,14 +19,20 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cluster.errors import UserError
 from data_shards import Batch, ShardStream
 from tests.servers import free_port
 from trainers import loop, randomness
+from trainers.compiling import blocks_of, compile_forwards
 from trainers.ema import EMA
 from trainers.engines import StepOutcome
+from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
+from trainers.estimates import AVERAGE_STEP_BYTES, ZERO3_STEP_BYTES
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.recipe import Training
 from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, read_parameters
@@ -176,6 +182,77 @@ def train(
         if step + 1 in save_at or step + 1 == steps.stop:
             engine.save(out / str(step + 1), step + 1).written.result(60)
     return outcomes
+
+
+def train_compiled(out: Path, steps: range) -> tuple[list[StepOutcome], int]:
+    """With compiled blocks, whose weights are gathered at their edges; and how many graphs that took."""
+    torch._dynamo.reset()
+    model = transformer()
+    set_activation_checkpointing(model, "full")
+    compile_forwards(model, backend="aot_eager")
+    counters.clear()
+    engine = Zero3Engine(model, TRAINING, CPU, deepspeed_keys=ALL_GATHERED)
+    outcomes = [take_step(engine, step) for step in steps]
+    engine.save(out, steps.stop).written.result(60)
+    return outcomes, counters["stats"]["unique_graphs"]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operations read and write. Views count nothing; copies and fills do not read what they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = [tensor for tensor in made if tensor.untyped_storage().data_ptr() not in known]
+        slots = zip(func._schema.arguments, args, strict=False)
+        written = [value for slot, value in slots if slot.alias_info and slot.alias_info.is_write]
+        if new or written:
+            self.bytes += sum(tensor.nbytes for tensor in [*inputs, *new])
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
+            if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.zero_, torch.ops.aten.fill_):
+                self.bytes -= args[0].nbytes
+            if func.overloadpacket is torch.ops.aten._fused_adamw_:
+                self.bytes -= sum(gradient.nbytes for gradient in args[1])  # written only where they are scaled
+        return result
+
+
+def step_traffic(states: Literal["fp32", "bf16"], ema_decay: float) -> float:
+    """Bytes a parameter that the engine's step reads and writes after a backward pass; of the bf16 optimizer, what its
+    one compiled kernel takes: weight, gradient and both moments read, all but the gradient written."""
+    training = TRAINING.model_copy(update={"precision": "bf16", "ema_decay": ema_decay})
+    engine = build(training=training, optimizer_states=states)
+    take_step(engine, 0)
+    batch, target = inputs(1, slice(0, 2), torch.bfloat16)
+    with engine.micro_batch(is_last=True):
+        loss = (output(engine.model, batch) - target).square().mean()
+        engine.backward(loss)
+    compiled = 0
+    if isinstance(optimizer := engine._optimizer, Bf16AdamW):
+        optimizer._update, compiled = (lambda *_: None), 4 * 2 + 3 * 2
+    with Traffic() as traffic:
+        engine.step(1e-3, loss.detach(), stop_requested=False)
+    return compiled + traffic.bytes / sum(parameter.ds_numel for parameter in named_parameters(engine).values())
+
+
+def traffic_of_a_step() -> dict[tuple[str, float], float]:
+    kinds: list[tuple[Literal["fp32", "bf16"], float]] = [("bf16", 0.0), ("fp32", 0.0), ("fp32", 0.9)]
+    return {(states, ema_decay): step_traffic(states, ema_decay) for states, ema_decay in kinds}
+
+
+def hooked_modules() -> tuple[list[str], list[str]]:
+    """The modules that DeepSpeed's hooks gather weights for, and those at whose edges they should."""
+    engine = build(deepspeed_keys=ALL_GATHERED)
+    model = engine.model.module
+    assert isinstance(model, nn.Module)
+    take_step(engine, 0)
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "ds_grads_remaining")]
+    return hooked, [name for name, module in model.named_modules() if module in set(blocks_of(model))]
 
 
 def nan_loss(loss: Tensor, prediction: Tensor) -> Tensor:
@@ -357,6 +434,8 @@ def two(folder: Path, shards: str) -> dict[str, list[Any]]:
             train, at / "resumed", range(10, 20), resume_from=at / "straight" / "10", is_cut=False
         ),
         "recomputed": partial(train, at / "recomputed", range(6), checkpointing="full", deepspeed_keys=ALL_GATHERED),
+        "gathered by block": partial(train, at / "gathered by block", range(6), deepspeed_keys=ALL_GATHERED),
+        "hooked": hooked_modules,
         "partly recomputed": partial(
             train, at / "partly recomputed", range(6), checkpointing="selective", deepspeed_keys=MANY_GROUPS
         ),
@@ -397,6 +476,8 @@ def one(folder: Path, shards: str, two: Any) -> dict[str, list[Any]]:
         "resharded": partial(train, at / "resharded", range(10, 15), resume_from=folder / "two" / "straight" / "10"),
         "average": partial(look_at_average, at / "average"),
         "validated": partial(validate_and_preview, shards),
+        "compiled": partial(train_compiled, at / "compiled", range(6)),
+        "traffic": traffic_of_a_step,
     }
     return dict(zip(calls, on_ranks(1, at, *calls.values()), strict=True))
 
@@ -510,11 +591,37 @@ def test_from_two_ranks_to_one_to_four(four: Any, one: Any, plain: Any, folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["recomputed", "partly recomputed", "offloaded"])
+@pytest.mark.parametrize("name", ["recomputed", "partly recomputed", "offloaded", "gathered by block"])
 def test_what_saves_memory_changes_nothing(two: Any, name: str, folder: Path) -> None:
     reference = train_plainly(list(range(6)))
     assert_like_plain(two[name], reference, slice(None))
     assert_same(tensors(folder / "two" / name / "6"), expected(reference), tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_hooks_sit_at_the_edges_of_blocks(two: Any) -> None:
+    """Of a double and a single block: DeepSpeed hooks neither their layers nor those layers' own layers."""
+    for hooked, blocks in two["hooked"]:
+        assert blocks == ["transformer_blocks.0", "single_transformer_blocks.0"]
+        assert set(blocks) < set(hooked)
+        assert not [name for name in hooked if name.startswith(tuple(f"{block}." for block in blocks))]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(one: Any, folder: Path) -> None:
+    ((outcomes, graphs),) = one["compiled"]
+    reference = train_plainly(list(range(6)))
+    assert graphs == 2  # one for each kind of block: no hook breaks them
+    assert_like_plain([outcomes], reference, slice(None))
+    assert_same(tensors(folder / "one" / "compiled"), expected(reference), tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_moves_the_bytes_that_the_planner_counts(one: Any) -> None:
+    (found,) = one["traffic"]
+    assert found["bf16", 0.0] == pytest.approx(ZERO3_STEP_BYTES["bf16"], rel=0.02)
+    assert found["fp32", 0.0] == pytest.approx(ZERO3_STEP_BYTES["fp32"], rel=0.02)
+    assert found["fp32", 0.9] == pytest.approx(ZERO3_STEP_BYTES["fp32"] + AVERAGE_STEP_BYTES, rel=0.02)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ whole only while it computes. So every rank must run the same forwards in the sa
 Beside deepspeed_config.py, the only module that imports DeepSpeed.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from cluster.errors import UserError
 from data_shards import derive_seed
 from trainers import sharded_checkpoint
+from trainers.compiling import blocks_of, check_compiles, compile_forwards
 from trainers.ema import ramped_decay
 from trainers.engines import Arriving, Saving
 from trainers.engines.bf16_adamw import Bf16AdamW
@@ -35,7 +37,9 @@ from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, mismatch
 
 # isort: split
 import deepspeed  # only here: deepspeed_config has told it by now that there may be no accelerator
+from deepspeed.utils import set_z3_leaf_module
 
+logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user could mend.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -62,6 +66,9 @@ class Zero3Engine(Ranks):
         _prepare_process()
         super().__init__(device)
         self._module = model.train()
+        if training.compile:
+            compile_forwards(model)
+        _gather_by_block(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer: torch.optim.Optimizer
         if optimizer_states == "bf16":
@@ -71,6 +78,7 @@ class Zero3Engine(Ranks):
                 betas=training.adam_betas,
                 weight_decay=training.weight_decay,
                 seed_of=lambda step: derive_seed("rounding", self.rank, step),
+                compile_backend=_update_backend(device),
             )
         else:
             self._optimizer = torch.optim.AdamW(
@@ -259,6 +267,33 @@ def load_partitioned(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor
 
 def _shapes(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+
+
+def _update_backend(device: torch.device) -> str | None:
+    """What compiles the bf16 optimizer's update. On a GPU its many small kernels would take longer than the passes."""
+    if device.type != "cuda":
+        return None
+    try:
+        check_compiles(device)
+    except UserError as error:
+        logger.warning("The optimizer is not compiled, so a step takes longer: %s", error)
+        return None
+    return "inductor"
+
+
+def _gather_by_block(model: nn.Module) -> None:
+    """Have DeepSpeed gather a block's weights at once, by hooks at its edges, and not layer by layer: a pass on a small
+    batch would otherwise wait for the process that runs the hooks."""
+    for block in blocks_of(model):
+        set_z3_leaf_module(block, True)
+        block.register_forward_pre_hook(_by_position, with_kwargs=True)
+
+
+def _by_position(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Inputs by position: DeepSpeed's hooks see no others, and would let go of the weights before the backward pass."""
+    call = inspect.signature(block.forward).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.args, call.kwargs
 
 
 def _prepare_process() -> None:

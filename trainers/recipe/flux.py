@@ -55,8 +55,6 @@ class FluxTransformer(Block):
             raise ValueError("engine: ddp without lora trains the weights as they are: give precision: fp32 or zero3")
         if self.engine == "ddp" and self.deepspeed:
             raise ValueError("engine: ddp does not read the keys under deepspeed; remove them, or give engine: zero3")
-        if self.training.compile and self.engine == "zero3":
-            raise ValueError("training.compile needs engine: ddp: ZeRO-3 gathers weights in the midst of a block")
         if self.training.channels_last:
             raise ValueError("training.channels_last serves convolutions, of which this transformer has none")
         if self.optimizer_states == "bf16" and (self.engine != "zero3" or self.training.precision != "bf16"):
@@ -94,6 +92,12 @@ class FluxRecipe(BaseRecipe):
             raise ValueError(
                 f"data.resolution {self.data.resolution} is not a multiple of 16: 8 by the VAE, 2 by packing"
             )
-        self.check_batches(self.transformer.training)
-        self.check_fidelity(self.transformer.training)
+        transformer = self.transformer
+        if transformer.training.compile and transformer.engine == "zero3" and self.cluster.max_workers > 1:
+            raise ValueError(
+                "training.compile under engine: zero3 needs cluster.num_workers: 1: over several workers it is not "
+                "known to give the same losses"
+            )
+        self.check_batches(transformer.training)
+        self.check_fidelity(transformer.training)
         return self
