@@ -98,10 +98,9 @@ class Setting:
     compile_backend: str
 
 
-def variants(memory_bytes: float) -> Iterator[Variant]:
-    """The most telling first: a run may be cut off. Without bitsandbytes, stock's moments are plain bf16."""
-    has_8bit = importlib.util.find_spec("bitsandbytes") is not None
-    stock = Variant("stock", optimizer="adamw-8bit" if has_8bit else "adamw-bf16")
+def stock_and_ours() -> tuple[Variant, Variant]:
+    """Without bitsandbytes, stock's moments are plain bf16."""
+    stock = Variant("stock", optimizer="adamw-8bit" if has_package("bitsandbytes") else "adamw-bf16")
     ours = Variant(
         "ours",
         checkpointing="none",
@@ -109,6 +108,17 @@ def variants(memory_bytes: float) -> Iterator[Variant]:
         optimizer="adamw-bf16-stochastic",
         update_in_backward=True,
     )
+    return stock, ours
+
+
+def has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def variants(memory_bytes: float) -> Iterator[Variant]:
+    """The most telling first: a run may be cut off."""
+    has_8bit = has_package("bitsandbytes")
+    stock, ours = stock_and_ours()
     yield stock
     yield ours
     yield replace(ours, name="ours batch 8", micro_batch=8)
@@ -340,45 +350,57 @@ def synchronize(device: torch.device) -> None:
 # --- the run ---
 
 
+class Record:
+    """Rows of measured variants, and what they are compared with."""
+
+    def __init__(self, setting: Setting, *, ceiling: float) -> None:
+        self._setting = setting
+        self._ceiling = ceiling
+        self.document: dict[str, Any] = {
+            "matmul_tflops": ceiling / 1e12,
+            "forward_tflop_per_image": {},
+            "rows": [],
+        }
+
+    def add(self, variant: Variant) -> dict[str, Any]:
+        """Measure a variant; its row."""
+        counted = footprint(
+            self._setting.config,
+            resolution=variant.resolution,
+            max_tokens=self._setting.tokens,
+            checkpointing="none",
+        )
+        self.document["parameters"] = counted.parameters
+        self.document["forward_tflop_per_image"][str(variant.resolution)] = counted.forward_flops / 1e12
+        row = asdict(variant) | attempt(variant, self._setting)
+        if row["status"] == "ok":
+            # Forward and twice that backward; what is computed again is no result and not counted.
+            row["model_tflops"] = 3 * counted.forward_flops * row["images_per_second"] / 1e12
+            row["share_of_matmul"] = row["model_tflops"] * 1e12 / self._ceiling
+        self.document["rows"].append(row)
+        return row
+
+
 def run(chosen: list[Variant], setting: Setting, out: Path, *, arguments: dict[str, Any], max_seconds: float) -> None:
     """Measure the variants in order until the time is up, writing the file and a line of the table after each."""
     started = time.perf_counter()
     here = circumstances(setting.device.type)
     side = 8192 if setting.device.type == "cuda" else 256
     ceiling = matmul_flops(setting.device, torch.bfloat16, side=side)
-    record: dict[str, Any] = {
-        "benchmark": "flux_step",
-        **here,
-        "arguments": arguments,
-        "matmul_tflops": ceiling / 1e12,
-        "forward_tflop_per_image": {},
-        "rows": [],
-        "finished": False,
-    }
-    print(f"{record['machine']['device']}: bf16 matrix product {ceiling / 1e12:.1f} TFLOP/s", flush=True)
+    record = Record(setting, ceiling=ceiling)
+    heading = {"benchmark": "flux_step", **here, "arguments": arguments}
+    print(f"{here['machine']['device']}: bf16 matrix product {ceiling / 1e12:.1f} TFLOP/s", flush=True)
     print(
         f"{'variant (resolution, batch)':64} {'images/s':>9} {'TFLOP/s':>8} {'of ceiling':>10} {'GiB':>7}  loss",
         flush=True,
     )
-    for variant in chosen:
+    for number, variant in enumerate(chosen):
         if time.perf_counter() - started > max_seconds:
-            print(f"--max-seconds {max_seconds:g} are over; {len(chosen) - len(record['rows'])} variants are left")
+            print(f"--max-seconds {max_seconds:g} are over; {len(chosen) - number} variants are left")
             break
-        counted = footprint(
-            setting.config, resolution=variant.resolution, max_tokens=setting.tokens, checkpointing="none"
-        )
-        record["parameters"] = counted.parameters
-        record["forward_tflop_per_image"][str(variant.resolution)] = counted.forward_flops / 1e12
-        row = asdict(variant) | attempt(variant, setting)
-        if row["status"] == "ok":
-            # Forward and twice that backward; what is computed again is no result and not counted.
-            row["model_tflops"] = 3 * counted.forward_flops * row["images_per_second"] / 1e12
-            row["share_of_matmul"] = row["model_tflops"] * 1e12 / ceiling
-        record["rows"].append(row)
-        write(record, out)
+        row = record.add(variant)
+        write(heading | record.document | {"finished": number + 1 == len(chosen)}, out)
         print(as_line(row), flush=True)
-    record["finished"] = len(record["rows"]) == len(chosen)
-    write(record, out)
     print(f"written to {out}")
 
 

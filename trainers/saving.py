@@ -34,6 +34,10 @@ class CheckpointWriter:
         """Of host memory that copies take, now and until the process ends."""
         return self._staging.nbytes
 
+    @property
+    def staging_is_pinned(self) -> bool:
+        return self._staging.is_pinned
+
     def save(self, folder: Path, state: Any, write: Callable[[Path, Any], None]) -> Saving:
         """Have `write` put a state, tensors in whatever containers, into `folder` as the state is now.
 

@@ -154,30 +154,6 @@ def test_ranks_exchange_gradients_once_a_step() -> None:
     assert [counts.get(), counts.get()] == [3, 3]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_never_waited_for(recipe: MSDMRecipe, run: RunFolder) -> None:
-    device = torch.device("cuda")
-    stage, engine = msdm.build(recipe, "denoiser", run, device)
-    batches = msdm.open_stream(recipe, "denoiser", run, "train").batches()
-
-    def step() -> None:
-        loss = torch.zeros((), device=device)
-        for micro_batch in next(batches):
-            with engine.autocast():
-                micro_loss = stage.objective(engine.model, **stage.prepare(micro_batch, True)).mean()
-            engine.backward(micro_loss)
-            loss += micro_loss.detach()
-        engine.step(1e-3, loss, stop_requested=False)
-
-    for _ in range(8):
-        step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_training_goes_on_while_a_checkpoint_is_written(
     recipe: MSDMRecipe, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ class Zero3Engine(Ranks):
         self._module = model.train()
         if training.compile:
             compile_forwards(model)
-        _gather_by_block(model)
+        gather_by_block(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer: torch.optim.Optimizer
         if optimizer_states == "bf16":
@@ -281,7 +281,7 @@ def _update_backend(device: torch.device) -> str | None:
     return "inductor"
 
 
-def _gather_by_block(model: nn.Module) -> None:
+def gather_by_block(model: nn.Module) -> None:
     """Have DeepSpeed gather a block's weights at once, by hooks at its edges, and not layer by layer: a pass on a small
     batch would otherwise wait for the process that runs the hooks."""
     for block in blocks_of(model):
