@@ -241,6 +241,7 @@ def engine(setting: Setting, keep: Keep) -> None:
     for name in Clock(setting.seconds).rows(names, left_out):
         size, plan = int(name[0]), plans[int(name[0])]
         if "compiled" in name and not is_compiled:
+            assert isinstance(trained.model.module, nn.Module)
             compile_forwards(trained.model.module, backend="eager" if setting.is_tiny else "inductor")
             is_compiled = True
         if "layer" in name:
@@ -297,8 +298,8 @@ def engine_row(setting: Setting, trained: Zero3Engine, size: int, recipe: FluxRe
         seconds["update"].append(time.perf_counter() - between)
         losses.append(outcome.loss)
     a_pass, update = min(seconds["pass"][1:]), min(seconds["update"][1:])
-    rate = recipe.transformer.training.global_batch_size
-    rate /= rate / size * a_pass + update
+    images = recipe.transformer.training.global_batch_size
+    rate = images / (images / size * a_pass + update)
     counted = footprint(setting.config, resolution=resolution, max_tokens=setting.tokens, checkpointing="none")
     on_gpu = setting.device.type == "cuda"
     return {

@@ -28,7 +28,7 @@ def compile_forwards(model: nn.Module, *, backend: str = "inductor") -> None:
     """As `compile_blocks`, but hooks on the blocks stay outside: an engine that gathers weights in them needs that."""
     check_compiles(next(model.parameters()).device)
     for block in blocks_of(model):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -237,7 +237,8 @@ def step_traffic(states: Literal["fp32", "bf16"], ema_decay: float) -> float:
         optimizer._update, compiled = (lambda *_: None), 4 * 2 + 3 * 2
     with Traffic() as traffic:
         engine.step(1e-3, loss.detach(), stop_requested=False)
-    return compiled + traffic.bytes / sum(parameter.ds_numel for parameter in named_parameters(engine).values())
+    parameters: int = sum(parameter.ds_numel for parameter in named_parameters(engine).values())
+    return compiled + traffic.bytes / parameters
 
 
 def traffic_of_a_step() -> dict[tuple[str, float], float]:

@@ -36,7 +36,8 @@ def uniform_bits(index: Tensor, key: Tensor) -> Tensor:
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
     """To the right, with zeros from the left; torch repeats the sign."""
-    return (bits >> places) & (2 ** (32 - places) - 1)
+    shifted: Tensor = (bits >> places) & (2 ** (32 - places) - 1)
+    return shifted
 
 
 class Bf16AdamW(torch.optim.Optimizer):
