@@ -356,8 +356,8 @@ def whole_way(setting: Setting, keep: Keep) -> None:
     parameters = way.parameters_of(config)
     needed = {"GiB of GPU memory": (10 * parameters + 20 * GIB, setting.memory_bytes)}
     with tempfile.TemporaryDirectory(prefix="gpu-evidence-") as folder:
-        # A checkpoint is 6 bytes a parameter: two, the model before and the model after.
-        needed["GiB of disk"] = (16 * parameters, way.free_disk(Path(folder)))
+        # A checkpoint takes 6 bytes a parameter, the model before the training and the one after it 2 each.
+        needed["GiB of disk"] = (11 * parameters, way.free_disk(Path(folder)))
         for what, (wanted, there) in needed.items():
             if not setting.is_tiny and wanted > there:
                 keep({"skipped": f"needs {wanted / GIB:.0f} {what}, there are {there / GIB:.0f}"})

@@ -58,6 +58,7 @@ from trainers.worker import train_rank
 EXPERIMENT = "msdm-step"
 ABOUT_ONCE = 10**6
 TINY = (
+    "data.resolution=64",
     *("vae.architecture.block_out_channels=[8, 16, 16, 16]", "vae.architecture.norm_num_groups=4"),
     *("denoiser.architecture.block_out_channels=[32, 32, 64, 64]", "denoiser.architecture.norm_num_groups=8"),
 )

@@ -120,10 +120,9 @@ def stages(
     let_go(device)
 
     further = type(recipe).model_validate(recipe.model_dump() | {"transformer": with_steps(recipe, steps + 1)})
-    second = Watched()
+    second = Watched(first.newest)
     train_rank(further, STAGE, run, device=device, report=second.report, resume_from=first.checkpoint)
     second.finish()
-    shutil.rmtree(first.checkpoint)
     yield done("resume", resumed_losses=second.losses)
     let_go(device)
 
@@ -134,20 +133,20 @@ def stages(
 
 
 class Watched:
-    """What a rank reported, and how long its saves held it up. Keeps the newest checkpoint, as a run does."""
+    """What a rank reported, and how long its saves held it up. The disk holds one checkpoint at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, newest: Saving | None = None) -> None:
         self.losses: dict[int, float] = {}
         self.saves: list[dict[str, Any]] = []
         self.staged_bytes = 0
-        self._newest: Saving | None = None
+        self.newest = newest
         self._save = loop.save
         loop.save = self._timed  # the loop's own, for as long as this watches
 
     @property
     def checkpoint(self) -> Path:
-        assert self._newest is not None
-        return self._newest.folder
+        assert self.newest is not None
+        return self.newest.folder
 
     def report(self, step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
         if "loss" in metrics:
@@ -159,7 +158,7 @@ class Watched:
             save.pop("saving").written.result()
 
     def _timed(self, engine: Engine, step: int) -> Saving | None:
-        before, began = self._newest, time.perf_counter()
+        before, began = self.newest, time.perf_counter()
         waited = 0.0
         if before is not None:  # the writer would wait for it as well, but would not say for how long
             before.written.result()
@@ -167,7 +166,7 @@ class Watched:
             shutil.rmtree(before.folder)
         saving = self._save(engine, step)
         assert saving is not None
-        self._newest = saving
+        self.newest = saving
         writer = engine._writer  # type: ignore[attr-defined]
         self.staged_bytes = writer.staged_bytes
         self.saves.append(
@@ -266,7 +265,7 @@ def let_go(device: torch.device) -> None:
 def draw(model: Path, recipe: FluxRecipe, config: Mapping[str, Any], device: torch.device) -> bool:
     """Whether unmodified diffusers opens the exported model and draws from it."""
     without = dict.fromkeys(LEFT_OUT)
-    pipeline = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16, **without).to(device)
+    pipeline = FluxPipeline.from_pretrained(model, dtype=torch.bfloat16, **without).to(device)
     pipeline.set_progress_bar_config(disable=True)
     with device:
         drawn = pipeline(

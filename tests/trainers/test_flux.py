@@ -231,3 +231,10 @@ def test_adapters_are_the_same_file_at_every_export(flux_document: dict[str, Any
 def test_replicas_are_not_trained_in_bf16_without_masters(flux_document: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="engine: ddp without lora"):
         changed(flux_document, engine="ddp", training={"precision": "bf16"})
+
+
+def test_zero3_compiles_for_one_worker_alone(flux_document: dict[str, Any]) -> None:
+    assert changed(flux_document, training={"compile": True}).transformer.training.compile
+    flux_document["cluster"]["num_workers"] = [1, 2]
+    with pytest.raises(ValueError, match=r"compile under engine: zero3 needs cluster.num_workers: 1"):
+        changed(flux_document, training={"compile": True})
