@@ -5,11 +5,11 @@ import sys
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from cluster import doctor_cli, jobs_cli
 from cluster.errors import UserError
 from cluster.stack_cli import app as stack
+from cluster.terminal import plain
 from data_shards.cli import app as shards
 from sweeps import cli as sweeps
 from trainers import cli as trainers
@@ -47,8 +47,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        message = f"[bold red]Error:[/] {escape(str(error))}"
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {plain(error)}", soft_wrap=True, highlight=False, emoji=False)
         sys.exit(2)
 
 

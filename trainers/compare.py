@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Any, Literal
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -450,6 +447,11 @@ def _comparable(points: Sequence[_Point]) -> list[_Point]:
 
 def _plot(points: Sequence[_Point], measure_label: str, cost_label: str, left_out: Sequence[str]) -> bytes:
     """Each run as a dot with its interval and its name beside it; costs on a log scale where they differ tenfold."""
+    # matplotlib takes a second to import, and a table does without.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = Figure(figsize=(7.2, 4.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -62,8 +62,8 @@ from trainers.fidelity.measures import (
 )
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
-from trainers.generate import Drawing, default_device, drawing_of, is_model
-from trainers.model_source import noted_run, open_model, pinned
+from trainers.generate import Drawing, default_device, drawing_of
+from trainers.model_source import is_model, noted_run, open_model, pinned
 from trainers.recipe import Recipe
 
 T = TypeVar("T")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.terminal import ask
+
 if TYPE_CHECKING:  # help need not wait for what an evaluation imports
     from trainers.evaluate import Request
 
@@ -39,6 +41,29 @@ Compile = Annotated[
 Cache = Annotated[
     str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation.")
 ]
+
+
+def check_model(uri: str, *, may_be_images: bool = False) -> None:
+    """Raise UserError, before PyTorch is imported, if there is no such model."""
+    from trainers.model_source import check_name
+
+    check_name(uri, may_be_images=may_be_images)
+    ask(uri)
+    if uri.startswith("models:/"):
+        from cluster.registry import RegisteredModel
+
+        RegisteredModel.of(uri)
+
+
+def check_asked(data: str, extractors: Sequence[str] | None) -> None:
+    """Raise UserError, before PyTorch is imported, for shards that are not there and for an unknown extractor."""
+    from data_shards.manifest import Manifest
+    from trainers.fidelity.extractor_uris import kind_of
+
+    for uri in extractors or ():
+        kind_of(uri)
+    ask(data)
+    Manifest.load(data)
 
 
 def request_of(

@@ -18,16 +18,13 @@ from cluster.errors import UserError
 from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
-from trainers.model_source import NO_SAMPLING, open_model
+from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
 
-RECIPE = "recipe.yaml"
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
 PIPELINE_FILES = ("model_index.json", "*/*")
-ADAPTERS = "pytorch_lora_weights.safetensors"
-INDEX = "model_index.json"
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
 FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
@@ -135,11 +132,6 @@ def load_pipeline(
     return Model(pipeline.to(device), drawing)
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a pipeline, or adapters with the recipe that names theirs."""
-    return (folder / INDEX).is_file() or ((folder / ADAPTERS).is_file() and (folder / RECIPE).is_file())
-
-
 def drawing_of(folder: Path, *, name: str, sampling: Mapping[str, Any] = NO_SAMPLING) -> Drawing:
     """How the model in a local folder draws; `sampling` takes the place of its own defaults.
 
@@ -151,7 +143,7 @@ def drawing_of(folder: Path, *, name: str, sampling: Mapping[str, Any] = NO_SAMP
 
 def _own_drawing(folder: Path, name: str) -> Drawing:
     if not is_model(folder):
-        raise UserError(f"{name} holds no diffusers pipeline: {INDEX} is not there")
+        raise UserError(no_model(name))
     if (folder / ADAPTERS).is_file():
         with parsing(f"the model {name}"):
             return _flux_drawing(_recipe(folder))
@@ -191,10 +183,7 @@ def generate(
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
-    try:
-        storage.check_writable(str(out))
-    except storage.StorageError as error:
-        raise UserError(f"{error}; choose another --out") from None
+    storage.check_writable(str(out))
     model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
     about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
     written: list[Path] = []

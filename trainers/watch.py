@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from cluster.progress import PlainLines
+from cluster.terminal import command_line, plain
 
 if TYPE_CHECKING:
     from trainers.launch import Progress, TrainedRun
@@ -80,7 +80,7 @@ class Watch:
         self._bars.update(self._tasks[progress.stage], completed=progress.step, figures=shown)
 
     def say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(plain(line), soft_wrap=True)
 
     def say_stopping(self) -> None:
         self.say("Stopping: saving the state. Ctrl-C again to give up on it.")
@@ -96,10 +96,10 @@ def watching(console: Console, command: str) -> Iterator[Watch]:
         with Watch(console) as watch:
             yield watch
     except RunStopped:
-        console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped and saved. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        console.print(f"Stopped at once; what was finished is kept. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped at once; what was finished is kept. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -108,18 +108,18 @@ def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     table = Table(title="Result", show_header=False, title_justify="left")
     for stage in trained.stages:
         values = {name.removeprefix(f"{stage}/"): v for name, v in trained.metrics.items() if name.startswith(stage)}
-        table.add_row(stage, _figures(values))
+        table.add_row(plain(stage), _figures(values))
     if fidelity := {name: value for name, value in trained.metrics.items() if name.startswith("fidelity/")}:
         figures = (f"{name.removeprefix('fidelity/').replace('_', ' ')} {fidelity[name]:.4g}" for name in fidelity)
         table.add_row("fidelity", "  ".join(figures))
-    table.add_row("model", trained.model_uri)
-    table.add_row("pictures", f"{trained.folder.uri}/pictures")
-    table.add_row("MLflow", trained.tracker.ui_command())
+    table.add_row("model", plain(trained.model_uri))
+    table.add_row("pictures", plain(f"{trained.folder.uri}/pictures"))
+    table.add_row("MLflow", plain(trained.tracker.ui_command()))
     console.print(table)
     for what, reason in trained.failures.items():
-        console.print(f"[yellow]Failed: {what}: {escape(reason)}[/]", soft_wrap=True)
-    command = f'medsynth generate --model {trained.model_uri} --prompt "{prompt}" --num-images 8 --seed 0 --out samples'
-    console.print(f"Draw from it: {command}", soft_wrap=True)
+        console.print(f"[yellow]Failed: {plain(what)}: {plain(reason)}[/]", soft_wrap=True)
+    asked = ["--model", trained.model_uri, "--prompt", prompt, "--num-images", 8, "--seed", 0, "--out", "samples"]
+    console.print(f"Draw from it: {plain(command_line(['medsynth', 'generate', *asked]))}", soft_wrap=True)
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

@@ -1,0 +1,137 @@
+"""What a command imports before it refuses, and what it says before it imports what takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "ray", "mlflow", "diffusers", "transformers", "boto3", "matplotlib", "scipy")
+
+WATCHED = """
+import json, sys
+from importlib.abc import MetaPathFinder
+from typer.testing import CliRunner
+heavy, cases, may_import = json.loads(sys.argv[1])
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in heavy:
+            raise RuntimeError(f"imported {name}")
+
+if not may_import:
+    sys.meta_path.insert(0, Refuse())
+from medsynth import app
+for case in cases:
+    result = CliRunner().invoke(app, case)
+    there = [name for name in heavy if name in sys.modules]
+    print(json.dumps([result.output, repr(result.exception), there]))
+"""
+
+
+def outcomes(cases: list[list[str]], *, may_import: bool) -> list[Any]:
+    """(output, exception, heavy modules imported by then) of each command, all in one process: starting takes time.
+
+    Unless they may be imported, the import of one ends the command.
+    """
+    arguments = json.dumps([HEAVY, cases, may_import])
+    found = subprocess.run(
+        [sys.executable, "-c", WATCHED, arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def recipe(name: str) -> str:
+    return str(ROOT / "recipes" / f"{name}.yaml")
+
+
+def test_what_is_refused_without_a_server_imports_nothing_heavy(shards: str, tmp_path: Path) -> None:
+    demo, sweep = recipe("msdm-demo"), str(ROOT / "sweeps/specs/msdm-learning-rate.yaml")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "gates.yaml").write_text("colour: red")
+    cases = {
+        "": [],
+        "Usage": ["--help"],
+        "No such command": ["tain"],
+        "No such option": ["train", "--recipe", demo],
+        "cannot read nowhere.yaml": ["train", "nowhere.yaml"],
+        "did you mean 'training'": ["train", demo, "--set", "denoiser.trainin.steps=1"],
+        "no shards at demo/shards": ["train", demo],
+        "cannot read t.csv": ["shards", "write", "t.csv", "--out", "o"],
+        "no shards at nowhere": ["shards", "inspect", "nowhere"],
+        "no shards at there": ["shards", "verify", "there"],
+        "is for FLUX": ["shards", "precompute", demo],
+        "there is no folder nowhere": ["generate", "--model", "nowhere", "--prompt", "x"],
+        "holds no diffusers pipeline": ["generate", "--model", "images", "--prompt", "x"],
+        "write models:/NAME/VERSION": ["generate", "--model", "models:/x", "--prompt", "x"],
+        "there is no folder gone": ["evaluate", "gone", "--data", shards],
+        "no shards at gone": ["evaluate", "images", "--data", "gone"],
+        "cannot read none.yaml": ["promote", "models:/x/1", "--data", "x", "--gates", "none.yaml"],
+        "colour": ["promote", "models:/x/1", "--data", "x", "--gates", "gates.yaml"],
+        "no evaluation at a": ["compare", "a", "b"],
+        "cannot read nowhere/recipe.yaml": ["export", "nowhere", "--out", "x"],
+        "did you mean 'h100'": ["plan", recipe("flux-full-8gpu"), "--gpu", "h10"],
+        "cannot read spec.yaml": ["sweep", "spec.yaml"],
+        "unknown key 'budget.trial'": ["sweep", sweep, "--set", "budget.trial=1"],
+        "unknown key 'vae.x'": ["sweep", sweep, "--set", f"recipe={demo}", "--set", "fixed.vae.x=1"],
+        "there is no folder model": ["sweep", "--guidance", "model", "--data", shards],
+        "cannot read lr.yaml": ["sweep", "--lr-find", "lr.yaml"],
+        "is no command of medsynth": ["submit", "--", "tain"],
+        "s3": ["stack", "status"],
+    }
+    for said, (output, error, there) in zip(cases, outcomes(list(cases.values()), may_import=True), strict=True):
+        assert said in output + error, cases[said]
+        assert there == [], cases[said]
+
+
+def test_a_press_of_tab_imports_nothing_heavy() -> None:
+    code = f"""
+import sys, medsynth
+try:
+    medsynth.app(prog_name="medsynth")
+finally:
+    print([name for name in {HEAVY} if name in sys.modules])
+"""
+    completion = {"_MEDSYNTH_COMPLETE": "complete_bash", "COMP_WORDS": "medsynth gen", "COMP_CWORD": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **completion},
+    )
+    assert found.stdout.splitlines() == ["generate", "[]"]
+
+
+def test_what_takes_long_to_start_says_so_first(shards: str, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    flux = [recipe("flux-tiny"), "--set", f"data.shards={shards}"]
+    sweep = ["--set", f"recipe={recipe('msdm-demo')}", "--set", f"fixed.data.shards={shards}"]
+    cases = [
+        ["train", str(recipe_file)],
+        ["sweep", str(ROOT / "sweeps/specs/msdm-learning-rate.yaml"), *sweep],
+        ["sweep", "--lr-find", str(recipe_file)],
+        ["sweep", "--guidance", "model", "--data", shards],
+        ["generate", "--model", "model", "--prompt", "a polyp"],
+        ["evaluate", "model", "--data", shards],
+        ["promote", "models:/x/1", "--data", shards],
+        ["plan", *flux],
+        ["shards", "precompute", *flux],
+    ]
+    for case, (output, error, _) in zip(cases, outcomes(cases, may_import=False), strict=True):
+        assert "imported " in error, (case, error)
+        assert "Starting: " in output or "Asking MLflow" in output, case
+
+
+def test_who_asks_mlflow_says_so_first() -> None:
+    asked = [["generate", "--prompt", "x", "--model", "models:/x/1"], ["compare", "models:/x/1", "b"]]
+    for output, error, _ in outcomes(asked, may_import=False):
+        assert "imported mlflow" in error
+        assert output.startswith("Asking MLflow for models:/x/1")
