@@ -7,11 +7,11 @@ from cluster.errors import UserError
 
 
 class VersionName(NamedTuple):
-    """A version by its number, or `latest`, or by an alias: one of them is None."""
+    """A version by its number or `latest`, or else by an alias; the other one is empty."""
 
     model: str
-    version: str | None
-    alias: str | None
+    version: str
+    alias: str
 
 
 def parse_model_uri(uri: str) -> VersionName:
@@ -19,4 +19,4 @@ def parse_model_uri(uri: str) -> VersionName:
     match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+|latest)|@([\w.-]+))", uri)
     if match is None:
         raise UserError(f"{uri}: write models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
-    return VersionName(*match.groups())
+    return VersionName(*match.groups(""))

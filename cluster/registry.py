@@ -273,7 +273,7 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
     by_number = {int(found.version): found for found in versions}
     if version == "latest":
         return by_number[max(by_number)]
-    if alias is not None:
+    if alias:
         aliases = client.get_registered_model(name).aliases
         if alias not in aliases:
             raise UserError(f"model '{name}' has no alias '{alias}': there are {', '.join(aliases) or 'none'}")

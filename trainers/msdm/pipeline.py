@@ -36,7 +36,7 @@ class MSDMPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        default_guidance_scale: float = 3.5,
+        default_guidance_scale: float = 4.5,
         default_num_inference_steps: int = 30,
     ) -> None:
         super().__init__()
