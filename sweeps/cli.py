@@ -1,7 +1,6 @@
 """The command `medsynth sweep`."""
 
 import json
-import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.errors import UserError
-from cluster.progress import PlainLines
+from cluster.progress import PlainLines, clock
 from cluster.terminal import ask, command_line, console, plain, say_starting
 
 if TYPE_CHECKING:
@@ -297,5 +296,4 @@ def _left(trial: "Trial", steps: int) -> str:
     done = trial.steps - trial.begin
     if trial.state != "running" or not done:
         return ""
-    seconds = math.ceil(trial.seconds / done * ((trial.end or steps) - trial.steps))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return clock(trial.seconds / done * ((trial.end or steps) - trial.steps))

@@ -54,6 +54,7 @@ def run_lr_find(
             steps=steps,
             on_progress=watch.show,
             on_stop_requested=watch.say_stopping,
+            on_starting=watch.say_starting,
         )
     suggestion = found.suggestion
     rate = f"{suggestion.learning_rate:.2g}"

@@ -10,7 +10,7 @@ from rich.progress import Progress as ProgressBar
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.progress import progress_lines
+from cluster.progress import TimeLeft, progress_lines
 from cluster.terminal import ask, command_line, console, plain, say_starting
 from trainers.evaluation_options import check_model
 
@@ -54,12 +54,18 @@ def train(
     console.print(f"Run [bold]{plain(name)}[/] with {workers} workers; to resume it: {plain(command)}", soft_wrap=True)
     say_starting("PyTorch, Ray and MLflow")
     from trainers.launch import emulated_precision, train_recipe
-    from trainers.watch import summarize, watching
+    from trainers.watch import summarize, watching, work_of
 
     if notice := emulated_precision(loaded):
         console.print(f"[yellow]{plain(notice)}[/]", soft_wrap=True)
-    with watching(console, command) as watch:
-        trained = train_recipe(loaded, name, on_progress=watch.show, on_stop_requested=watch.say_stopping)
+    with watching(console, command, TimeLeft(work_of(loaded))) as watch:
+        trained = train_recipe(
+            loaded,
+            name,
+            on_progress=watch.show,
+            on_stop_requested=watch.say_stopping,
+            on_starting=watch.say_starting,
+        )
     summarize(console, trained, loaded.sampling.prompts[-1])
 
 
