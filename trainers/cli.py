@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress as ProgressBar
 
 from cluster import storage
 from cluster.errors import UserError
@@ -121,8 +120,7 @@ def generate(
         "sampler": sampler,
         "precision": precision,
     }
-    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Drawing", total=num_images)
+    with progress_lines(console) as on_progress:
         paths = draw(
             model,
             prompt,
@@ -133,7 +131,7 @@ def generate(
             settings={name: value for name, value in asked.items() if value is not None},
             device=device,
             compile=compile,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
     console.print(f"{len(paths)} pictures in {plain(out)}: {paths[0].name} to {paths[-1].name}", soft_wrap=True)
 

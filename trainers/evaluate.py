@@ -313,6 +313,7 @@ def workers_of(num_workers: int, device: str | None) -> Iterator[tuple[Callable[
     device that it runs on, which on a cluster need not be this machine's."""
 
     def here(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
+        on_progress(what, 0, len(shares))
         worker = make_worker()
         for done, share in enumerate(shares, start=1):
             yield worker(share)
@@ -325,6 +326,7 @@ def workers_of(num_workers: int, device: str | None) -> Iterator[tuple[Callable[
     from cluster import runtime  # takes seconds to import, and one process needs none of it
 
     def by_actors(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
+        on_progress(what, 0, len(shares))
         return runtime.map_actors(
             make_worker,
             shares,

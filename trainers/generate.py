@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from cluster import storage
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
+from cluster.progress import OnProgress
 from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
@@ -76,18 +77,33 @@ class Model:
     which takes a batch's time, where another shape would take a compilation's."""
 
     def draw(
-        self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
+        self,
+        prompts: Sequence[str],
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        settings: Mapping[str, Any],
+        on_step: Callable[[], None] = lambda: None,
     ) -> list[Image.Image]:
-        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
+        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i.
+
+        `on_step` is called after each sampling step.
+        """
         arguments = self.drawing.arguments(settings)
         if self.drawing.family == "flux":
             del arguments["sampler"]  # it has one alone
         filled = _filled(prompts, self.compiled_for)
         seeds = _filled([derive_seed(seed, "generate", number) for number in numbers], self.compiled_for)
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return {}
+
         images: list[Image.Image] = self.pipeline(
             filled,
             **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(filled)},
             generator=[torch.Generator().manual_seed(one) for one in seeds],
+            callback_on_step_end=after_step,
         ).images
         return images[: len(prompts)]
 
@@ -173,7 +189,7 @@ def generate(
     device: str | None,
     settings: Mapping[str, Any],
     compile: bool = False,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
@@ -185,16 +201,23 @@ def generate(
     """
     storage.check_writable(str(out))
     model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
-    about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
+    arguments = model.drawing.arguments(settings)
+    about = about_pictures(model_uri, prompt, seed, arguments)
+    steps_done, steps = 0, -(-num_images // batch_size) * arguments["num_inference_steps"]
+
+    def note_step() -> None:
+        nonlocal steps_done
+        steps_done += 1
+        on_progress("drawing, in sampling steps", steps_done, steps)
+
+    on_progress("drawing, in sampling steps", 0, steps)
     written: list[Path] = []
     for start in range(0, num_images, batch_size):
         numbers = range(start, min(start + batch_size, num_images))
-        for number, image in zip(
-            numbers, model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings), strict=True
-        ):
+        drawn = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings, on_step=note_step)
+        for number, image in zip(numbers, drawn, strict=True):
             written.append(out / f"{number:04d}.png")
             written[-1].write_bytes(png(image, about | {"number": str(number)}))
-        on_progress(len(written))
     return written
 
 
