@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,60 @@ def test_who_asks_mlflow_says_so_first() -> None:
     for output, error, _ in outcomes(asked, may_import=False):
         assert "imported mlflow" in error
         assert output.startswith("Asking MLflow for models:/x/1")
+
+
+def test_the_command_that_goes_on_is_exactly_the_command(shards: str, recipe_file: Path, tmp_path: Path) -> None:
+    hostile = "a [bold]run[/] of 'Zoë' \\[x] :skull: $HOME"
+    odd = tmp_path / "my [draft] recipe's.yaml"
+    odd.write_text(recipe_file.read_text())
+    change = f'sampling.prompts=["{"a polyp, " * 20}"]'  # longer than a line
+    asked = [str(odd), "--set", change, "--set", f"data.shards={shards}"]
+    cases = [["train", *asked, "--run", hostile], ["sweep", "--lr-find", *asked, "--run", hostile]]
+    spec = [str(ROOT / "sweeps/specs/msdm-learning-rate.yaml"), "--set", f"recipe={recipe('msdm-demo')}"]
+    spec += ["--set", f"fixed.data.shards={shards}", "--set", 'fixed.sampling.prompts=["a [b]"]']
+    cases.append(["sweep", *spec, "--run", hostile])
+    train, rates, sweep = outcomes(cases, may_import=False)
+    told = [output.splitlines()[0].partition("to resume it: ") for output, _, _ in (train, rates, sweep)]
+    assert [before.startswith((f"Run {hostile}", f"Range test {hostile}", f"Sweep {hostile}")) for before, *_ in told]
+    commands = [shlex.split(command) for _, _, command in told]
+    assert commands[0] == ["medsynth", "train", *asked, "--run", hostile]
+    assert commands[1][:-8] == ["medsynth", "sweep", "--lr-find", *asked]
+    assert commands[1][-2:] == ["--run", hostile]
+    assert commands[2] == ["medsynth", "sweep", *spec, "--resume", hostile]
+
+
+def test_names_of_others_are_printed_as_they_stand(shards: str, tmp_path: Path) -> None:
+    """A manifest comes from whoever made the shards, and speaks to the terminal of whoever looks at them."""
+    (tmp_path / "there").mkdir()
+    for path in Path(shards).iterdir():
+        (tmp_path / "there" / path.name).symlink_to(path)
+    document = json.loads((Path(shards) / "manifest.json").read_text())
+    document |= {
+        "name": "[red]set[/] \x1b[31m",
+        "licences": {"CC [BY]\x07": 24},
+        "quarantined": {"[/]": 1},
+        "conversions": {"\\[bold]": 1},
+        "near_duplicates": {"[link=x]": 1},
+        "split_rule": "by [group]\nand so on",
+    }
+    (tmp_path / "there" / "manifest.json").unlink()
+    (tmp_path / "there" / "manifest.json").write_text(json.dumps(document))
+    missing = "\x1b[31m[/]nowhere"
+    ((output, _, _),) = outcomes([["shards", "inspect", "there"]], may_import=True)
+    for said in (
+        "[red]set[/] \\x1b[31m",
+        "CC [BY]\\x07 (24)",
+        "[/] (1)",
+        "\\[bold] (1)",
+        "[link=x] (1)",
+        "[group]\\nand",
+    ):
+        assert said in output
+    alone = subprocess.run(
+        [sys.executable, "-m", "medsynth", "train", missing],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert alone.stderr == "Error: cannot read \\x1b[31m[/]nowhere: it is not there\n"

@@ -92,7 +92,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_folder_in_which_nothing_can_be_written_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file in the way")
-    with pytest.raises(UserError, match="cannot write .*out"):
+    with pytest.raises(UserError, match="cannot write"):
         draw("models:/none/1", tmp_path / "out")
 
 
