@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from cluster import doctor_cli, jobs_cli
+from cluster.environment import wait_passively
 from cluster.errors import UserError
 from cluster.stack_cli import app as stack
 from cluster.terminal import plain
@@ -15,6 +16,7 @@ from sweeps import cli as sweeps
 from trainers import cli as trainers
 from trainers import compare_cli, evaluate_cli, promote_cli
 
+wait_passively()
 # A user's terminal is for our messages; libraries below speak up through exceptions.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -193,3 +193,18 @@ def test_names_of_others_are_printed_as_they_stand(shards: str, tmp_path: Path) 
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert alone.stderr == "Error: cannot read \\x1b[31m[/]nowhere: it is not there\n"
+
+
+def test_threads_of_pytorch_wait_without_spinning_unless_told_otherwise() -> None:
+    """In the command's own process and, inherited, in those that it starts."""
+    code = "import os, medsynth; print(os.environ['OMP_WAIT_POLICY'])"
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**unset, "PYTHONPATH": str(ROOT), **given},
+        )
+        assert found.stdout == f"{expected}\n"
