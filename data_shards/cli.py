@@ -40,8 +40,9 @@ def write(
     format: Annotated[
         Format,
         typer.Option(
+            metavar="KIND",
             help="medvqa: prompt-gt.csv. roco: ID,Caption. table: file names. parquet: images within rows. "
-            "datasets: what Hugging Face's save_to_disk wrote."
+            "datasets: what Hugging Face's save_to_disk wrote.",
         ),
     ] = Format.TABLE,
     name: Annotated[str | None, typer.Option(help="Name of the set. Default: the source's.")] = None,
@@ -57,7 +58,10 @@ def write(
     licence_column: Annotated[str | None, typer.Option(help="Column of licences.")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of splits, if they are given.")] = None,
     split_by_file: Annotated[
-        bool, typer.Option(help="parquet, datasets: file names, such as train-00000.parquet, say the split.")
+        bool,
+        typer.Option(
+            "--split-by-file", help="parquet, datasets: file names, such as train-00000.parquet, say the split."
+        ),
     ] = False,
     split: Annotated[list[str] | None, typer.Option(help="A split's share, NAME=SHARE; may be repeated.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
@@ -65,7 +69,7 @@ def write(
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the order.")] = 0,
     max_quarantined: Annotated[float, typer.Option(min=0, max=1, help="Give up above this share of bad inputs.")] = 1.0,
     num_workers: Annotated[int, typer.Option(min=1, help="Threads; with RAY_ADDRESS set, the cluster's CPUs.")] = 4,
-    overwrite: Annotated[bool, typer.Option(help="Replace shards of other input.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of other input.")] = False,
 ) -> None:
     """Turn images and captions into WebDataset shards with a manifest.
 

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cluster.errors import UserError
@@ -63,6 +65,24 @@ def test_help_shows_what_it_is_and_an_example(command: list[str]) -> None:
     assert result.exit_code == 0
     if command in COMMANDS:
         assert f"medsynth {' '.join(command)} " in result.output.partition("Usage:")[2].partition("\n")[2]
+
+
+def test_names_of_options_are_whole_on_a_narrow_terminal() -> None:
+    """80 columns, as most terminals have. A name that is cut there cannot be typed."""
+    for path, command in leaves(get_command(app)):
+        result = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+        shown = set(result.output.replace(",", " ").split())
+        names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {name for name in names if name.startswith("--")} <= shown, path
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, inner in command.commands.items():
+        yield from leaves(inner, (*path, name))
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(recipe_file: Path) -> None:

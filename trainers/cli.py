@@ -75,13 +75,14 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
+        typer.Option(metavar="N", min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
     ] = None,
     true_cfg_scale: Annotated[
-        float | None, typer.Option(min=1, help="FLUX: weight of the prompt against the negative one; 1 is none.")
+        float | None,
+        typer.Option(metavar="N", min=1, help="FLUX: weight of the prompt against the negative one; 1 is none."),
     ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
+        int | None, typer.Option(metavar="N", min=1, help="Sampling steps. Default: the model's own.")
     ] = None,
     sampler: Annotated[
         str | None,
@@ -91,9 +92,9 @@ def generate(
         str | None,
         typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    num_images: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures drawn at a time.")] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="The same seed draws the same pictures.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,

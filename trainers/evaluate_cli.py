@@ -64,7 +64,7 @@ def evaluate(
         str | None, typer.Option(help="Folder or s3:// prefix; one that was cut off goes on. Default: evaluations/…")
     ] = None,
     cache: Cache = None,
-    record: Annotated[bool, typer.Option(help="Record it in MLflow, below the run that trained the model.")] = True,
+    no_record: Annotated[bool, typer.Option("--no-record", help="Leave it out of MLflow.")] = False,
 ) -> None:
     """Judge a model beside real images: fidelity, alignment, diversity, copies; with a page to look at.
 
@@ -107,7 +107,7 @@ def evaluate(
         )
     console.print(table_of(evaluation))
     console.print(f"The page for people: {plain(storage.join(place, REPORT))}", soft_wrap=True)
-    if record:
+    if not no_record:
         tracker = record_evaluation(evaluation, place)
         console.print(f"MLflow: {plain(tracker.ui_command())}", soft_wrap=True)
 

@@ -12,28 +12,32 @@ if TYPE_CHECKING:  # help need not wait for what an evaluation imports
 
 Splits = Annotated[
     list[str] | None,
-    typer.Option(help="Whose captions and images to compare with; may be given several times. Default: all but train."),
+    typer.Option(
+        metavar="NAME",
+        help="Whose captions and images to compare with; may be given several times. Default: all but train.",
+    ),
 ]
-NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw.")]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")]
+NumSamples = Annotated[int, typer.Option(min=16, metavar="N", help="Images to draw.")]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, metavar="N", help="Diversity is measured among those.")]
 Extractors = Annotated[
     list[str] | None,
     typer.Option(
+        metavar="KIND",
         help="What turns images into features, KIND or KIND:WEIGHTS; may be given several times, the first decides "
         "on copies. Kinds: inception, clip, biomedclip, dinov2, rad-dino, radimagenet, transformers, random-vgg. "
-        "Default: random-vgg, which needs no weights."
+        "Default: random-vgg, which needs no weights.",
     ),
 ]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")]
-TrueCFGScale = Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")]
-NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, metavar="N", help="Default: the model's own.")]
+TrueCFGScale = Annotated[float | None, typer.Option(min=1, metavar="N", help="FLUX. Default: the model's own.")]
+NumInferenceSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the model's own.")]
 Sampler = Annotated[
     str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
 ]
 Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
-Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="The same seed draws the same images of the same prompts.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at a time.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of images.")
