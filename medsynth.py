@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -42,6 +44,21 @@ app.command(context_settings={"allow_interspersed_args": False})(jobs_cli.submit
 app.add_typer(jobs_cli.app, name="jobs", help="Jobs of a Ray cluster: list, status, logs, stop.")
 app.command()(doctor_cli.doctor)
 app.add_typer(stack, name="stack", help="S3, MLflow and Ray as servers on this machine.")
+
+
+def say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"medsynth {metadata.version('medsynth')}")
+        raise typer.Exit
+
+
+@app.callback()
+def medsynth(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """The options of no command."""
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import trainers.recipe
 from cluster.errors import UserError
 from data_shards import Manifest
 from data_shards.cli import app as shards_app
@@ -96,6 +98,18 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(recipe_file: Path) ->
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such recipe": (lambda here: ["train", "nowhere.yaml"], "cannot read nowhere.yaml: it is not there"),
+    "a recipe of another folder": (
+        lambda here: ["train", "recipes/msdm-demo.yaml"],
+        "it is not there; did you mean .*/recipes/msdm-demo.yaml\\?",
+    ),
+    "a mistyped specification": (
+        lambda here: ["sweep", "msdm-learning-rat.yaml"],
+        "it is not there; did you mean .*/sweeps/specs/msdm-learning-rate.yaml\\?",
+    ),
+    "a plan of MSDM": (
+        lambda here: ["plan", str(here / "recipe.yaml")],
+        "medsynth plan is for FLUX; .* is of family msdm, which any GPU made for training holds",
+    ),
     "no such shards": (
         lambda here: ["train", str(here / "recipe.yaml"), "--set", "data.shards=nowhere"],
         "no shards at .*nowhere: manifest.json is not there; write them with 'medsynth shards write'",
@@ -142,6 +156,16 @@ def test_mistakes_are_explained(mistake: str, recipe_file: Path, tracking_uri: s
     with pytest.raises(UserError, match=said) as error:
         run(*arguments(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_version() -> None:
+    assert run("--version") == f"medsynth {version('medsynth')}\n"
+
+
+def test_an_installed_package_says_where_recipes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers.recipe, "SOURCE", tmp_path)
+    with pytest.raises(UserError, match="recipes and sweeps/specs are folders of the source code: name a file in your"):
+        run("train", "recipes/msdm-demo.yaml")
 
 
 def test_no_mlflow_server(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

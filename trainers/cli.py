@@ -201,7 +201,7 @@ def plan(
     """
     from trainers.hardware import gpu_named
 
-    loaded = _flux_recipe(recipe, overrides, "plan")
+    loaded = _flux_recipe(recipe, overrides, "plan", instead=", which any GPU made for training holds: train it")
     kind = gpu_named(gpu)
     say_starting("PyTorch")
     from trainers.plan import plan_flux, render
