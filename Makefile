@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
 PROMPT := Generate an image with a large polyp.
+TRAIN  :=
 
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/installed
-	DEMO=$(DEMO) PROMPT="$(PROMPT)" BIN=$(BIN) bash docs/demo.sh
+	DEMO=$(DEMO) PROMPT="$(PROMPT)" TRAIN="$(TRAIN)" BIN=$(BIN) bash docs/demo.sh
 
 test: lint
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow"

@@ -2,19 +2,23 @@
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from cluster import doctor_cli, jobs_cli
+from cluster.environment import wait_passively
 from cluster.errors import UserError
 from cluster.stack_cli import app as stack
+from cluster.terminal import plain
 from data_shards.cli import app as shards
 from sweeps import cli as sweeps
 from trainers import cli as trainers
 from trainers import compare_cli, evaluate_cli, promote_cli
 
+wait_passively()
 # A user's terminal is for our messages; libraries below speak up through exceptions.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -42,13 +46,27 @@ app.command()(doctor_cli.doctor)
 app.add_typer(stack, name="stack", help="S3, MLflow and Ray as servers on this machine.")
 
 
+def say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"medsynth {metadata.version('medsynth')}")
+        raise typer.Exit
+
+
+@app.callback()
+def medsynth(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """The options of no command."""
+
+
 def main() -> None:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
     except UserError as error:
-        message = f"[bold red]Error:[/] {escape(str(error))}"
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {plain(error)}", soft_wrap=True, highlight=False, emoji=False)
         sys.exit(2)
 
 

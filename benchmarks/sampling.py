@@ -3,9 +3,10 @@
     python -m benchmarks.sampling --model runs/NAME/denoiser/model --data demo/shards
 
 All variants draw the same captions of held-out images from the same noise in one process, and take turns batch by
-batch. `study` is how the study draws: DDPM, 150 steps, guidance 3.5, fp32. The fidelity of each is told beside the same
-real images, and as a difference to the study's, paired by prompt and noise. What is compiled is compiled before,
-from an empty cache, and stands beside the same uncompiled.
+batch. `study` is how the study draws: DDPM, 150 steps, guidance 4.5, fp32. The study writes 3.5, as w in
+(1 + w) cond - w uncond;  here w is that of  uncond + w (cond - uncond),  one more. The fidelity of each is told
+beside the same real images, and as a difference to the study's, paired by prompt and noise. What is compiled is
+compiled before, from an empty cache, and stands beside the same uncompiled.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from trainers.fidelity.measures import caption_alignment_measures, measure_featu
 from trainers.generate import Model, default_device, load_model
 
 SEED = 0
-STUDY = {"sampler": "ddpm", "num_inference_steps": 150, "guidance_scale": 3.5}
-SOLVER = {"sampler": "dpm-solver++", "num_inference_steps": 20, "guidance_scale": 3.5}
+STUDY = {"sampler": "ddpm", "num_inference_steps": 150, "guidance_scale": 4.5}
+SOLVER = {"sampler": "dpm-solver++", "num_inference_steps": 20, "guidance_scale": 4.5}
 EAGER: Mapping[str, Mapping[str, Any]] = {
     "study": STUDY,
     "ddim, 50 steps": {**STUDY, "sampler": "ddim", "num_inference_steps": 50},

@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-console = Console(highlight=False)
+from cluster.terminal import console, plain
+
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]–[/]"}
 
 
@@ -27,8 +26,8 @@ def doctor(
     well = True
     for check in examine(bucket, short=short):
         well &= check.ok is not False
-        console.print(f"{MARKS[check.ok]} {escape(check.name)}: {escape(check.found)}", soft_wrap=True)
+        console.print(f"{MARKS[check.ok]} {plain(check.name)}: {plain(check.found)}", soft_wrap=True)
         if check.ok is False:
-            console.print(f"  → {escape(check.remedy)}", soft_wrap=True)
+            console.print(f"  → {plain(check.remedy)}", soft_wrap=True)
     if not well:
         raise typer.Exit(1)

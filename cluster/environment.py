@@ -1,8 +1,20 @@
-"""Environment variables for a while."""
+"""Environment variables: for a while, and those that libraries read when they are imported."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+
+
+def wait_passively() -> None:
+    """Let threads of PyTorch that wait for one another sleep, not spin. To be called before PyTorch is imported.
+
+    A network of small kernels has thousands of such waits. Where other processes want the cores too, threads that spin
+    take them from the very thread that is waited for; docs/performance.md says what was measured. A policy that the
+    environment names already is left alone.
+    """
+    os.environ.setdefault(WAIT_POLICY, "PASSIVE")
 
 
 @contextmanager

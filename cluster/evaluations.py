@@ -1,8 +1,6 @@
 """Evaluations in MLflow: runs of their own, below the run that trained the model."""
 
 from cluster.errors import UserError
-from cluster.registry import RegisteredModel
-from cluster.tracking import Tracker, connect, default_tracking_uri, explained
 
 KIND, PARENT = "medsynth.kind", "mlflow.parentRunId"
 EVALUATION, FOLDER = "evaluation", "evaluation"
@@ -15,6 +13,8 @@ def evaluation_document(name: str) -> str:
     `name` is the id of an evaluation's or a training run, runs:/ID, or a registered model's models:/NAME/VERSION or
     models:/NAME@ALIAS. Raises UserError if there is no such run or model, or it was not evaluated.
     """
+    from cluster.tracking import Tracker, connect, default_tracking_uri, explained
+
     tracking_uri = default_tracking_uri()
     client = connect(tracking_uri)
     run_id = _training_run(name)
@@ -35,6 +35,8 @@ def evaluation_document(name: str) -> str:
 def _training_run(name: str) -> str:
     if not name.startswith("models:/"):
         return name.removeprefix("runs:/").partition("/")[0]
+    from cluster.registry import RegisteredModel
+
     _, version = RegisteredModel.of(name)
     if version.run_id is None:
         raise UserError(f"{name} was registered without a run, so no evaluation is known of it; name its folder")

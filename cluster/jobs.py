@@ -26,6 +26,7 @@ from cluster.errors import UserError, did_you_mean, first_line
 from cluster.knock import knock
 from cluster.provenance import COMMIT_VARIABLE, git_commit
 from cluster.runtime import FORWARDED_VARIABLES
+from cluster.terminal import command_line
 
 EXCLUDES = (
     *(".git", ".venv", "venv", "*.egg-info", "/build", "/dist", "__pycache__", ".*_cache", ".hypothesis"),
@@ -107,7 +108,7 @@ def prepare(
             "env_vars": {COMMIT_VARIABLE: commit, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **given},
         },
         metadata={
-            "command": shlex.join(["medsynth", *words]),
+            "command": command_line(["medsynth", *words]),
             "git_commit": commit,
             "medsynth_version": _version(),
             "run": _run_of(words),

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from cluster.errors import UserError, did_you_mean
+from cluster.terminal import console, plain, visible
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from cluster.jobs import JobServer
 
 app = typer.Typer(no_args_is_help=True)
-console = Console(highlight=False)
 NOT_AS_JOBS = ("submit", "jobs", "stack")
 STATUS_LINES = 5  # of a job's log
 COLOURS = {"RUNNING": "cyan", "SUCCEEDED": "green", "STOPPED": "yellow", "FAILED": "red"}
@@ -64,7 +62,7 @@ def submit(
     if check:
         _check(server, submission.runtime_env["env_vars"].get(TRACKING))
     for notice in submission.notices:
-        console.print(f"[yellow]{notice}[/]", soft_wrap=True)
+        console.print(f"[yellow]{plain(notice)}[/]", soft_wrap=True)
     server.submit(submission)
     _say(f"Job {submission.id}: {submission.metadata['command']}")
     _say(f"Uploaded {mebibytes(submission.upload_bytes)}; environment: {', '.join(submission.variables) or 'none'}")
@@ -84,7 +82,8 @@ def list_jobs(address: Address = None) -> None:
     width = max((len(job.submission_id or "") for job in found), default=0)
     for job in found:
         state = _state(job, width=len("SUCCEEDED"))
-        line = f"{job.submission_id:{width}}  {state}  {_began(job)}  {_took(job)}  {escape(_command(job))}"
+        job_id = plain((job.submission_id or "").ljust(width))
+        line = f"{job_id}  {state}  {_began(job)}  {_took(job)}  {plain(_command(job))}"
         console.print(line, soft_wrap=True)
 
 
@@ -98,14 +97,14 @@ def status(job: JobId, address: Address = None) -> None:
     details = server.job(job)
     known = details.metadata or {}
     rows = {
-        "job": job,
+        "job": plain(job),
         "state": _state(details),
         "began": f"{_began(details)}, {_took(details)}",
-        "command": escape(_command(details)),
-        "run": escape(known.get("run", "")),
-        "git commit": known.get("git_commit", ""),
-        "medsynth": known.get("medsynth_version", ""),
-        "MLflow": escape(_record(details)),
+        "command": plain(_command(details)),
+        "run": plain(known.get("run", "")),
+        "git commit": plain(known.get("git_commit", "")),
+        "medsynth": plain(known.get("medsynth_version", "")),
+        "MLflow": plain(_record(details)),
     }
     for name, value in rows.items():
         if value:
@@ -187,7 +186,8 @@ def _follow(server: "JobServer", job: str) -> None:
     try:
         details = server.follow(job, lambda lines: typer.echo(lines, nl=False))
     except KeyboardInterrupt:
-        _say(f"\nThe job goes on. Its log: medsynth jobs logs {job} --follow; to stop it: medsynth jobs stop {job}")
+        console.print()
+        _say(f"The job goes on. Its log: medsynth jobs logs {job} --follow; to stop it: medsynth jobs stop {job}")
         raise typer.Exit(0) from None
     if details.driver_exit_code is None and details.message and exit_code(details) == 1:  # it never began
         typer.echo(details.message, err=True)
@@ -196,7 +196,7 @@ def _follow(server: "JobServer", job: str) -> None:
 
 
 def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False)
+    console.print(visible(line), soft_wrap=True, markup=False)
 
 
 def _state(job: "JobDetails", width: int = 0) -> str:

@@ -3,7 +3,7 @@
 import getpass
 import os
 import platform
-import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +21,7 @@ from mlflow.models import Model, ModelSignature
 from cluster import storage
 from cluster.checksums import SUMS, check_folder, checksums, digest_of
 from cluster.errors import UserError, did_you_mean
+from cluster.model_uri import parse_model_uri
 from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
 
 MODEL_FOLDER = "model"
@@ -232,9 +233,10 @@ class RegisteredModel:
     def _taken_by(self, held: Mapping[str, str]) -> str:
         if not held:
             return f"another promotion of '{self.name}' ended just now; run this again"
+        latest = shlex.quote(f"models:/{self.name}/latest")
         return (
             f"'{self.name}' is being promoted by {held.get('holder')} since {held.get('since')}: wait for it, "
-            f"or, if it is no more, remove its lock with: medsynth promote models:/{self.name}/latest --unlock"
+            f"or, if it is no more, remove its lock with: medsynth promote {latest} --unlock"
         )
 
 
@@ -262,10 +264,7 @@ def _known_is_fine() -> Iterator[None]:
 
 
 def _find(client: MlflowClient, uri: str) -> ModelVersion:
-    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+|latest)|@([\w.-]+))", uri)
-    if match is None:
-        raise UserError(f"{uri}: write models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
-    name, version, alias = match.groups()
+    name, version, alias = parse_model_uri(uri)
     versions = client.search_model_versions(f"name = '{name}'")
     if not versions:
         names = [model.name for model in client.search_registered_models() if not model.name.endswith(LOCK)]
@@ -274,7 +273,7 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
     by_number = {int(found.version): found for found in versions}
     if version == "latest":
         return by_number[max(by_number)]
-    if alias is not None:
+    if alias:
         aliases = client.get_registered_model(name).aliases
         if alias not in aliases:
             raise UserError(f"model '{name}' has no alias '{alias}': there are {', '.join(aliases) or 'none'}")

@@ -24,7 +24,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.environment import variables
+from cluster.environment import WAIT_POLICY, variables
 from cluster.errors import UserError
 from cluster.nodes import Node
 from cluster.provenance import ray_job
@@ -72,7 +72,8 @@ def connect(min_cpus: int) -> Iterator[None]:
             with _own_end():
                 if address != "local":
                     _check_answers(address)
-                    forwarded = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+                    names = (*FORWARDED_VARIABLES, WAIT_POLICY)
+                    forwarded = {name: os.environ[name] for name in names if name in os.environ}
                     # A job may have been given the same variables, which Ray otherwise takes for a contradiction.
                     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
                     ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)

@@ -2,16 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from cluster import stack
+from cluster.terminal import command_line, console, plain, visible
+
+if TYPE_CHECKING:
+    from cluster.stack import Status
 
 app = typer.Typer(no_args_is_help=True)
-console = Console(highlight=False)
 
 Folder = Annotated[Path, typer.Option(help="Where all of the stack is: data, logs, keys.")]
 FOLDER = Path(".medsynth-stack")
@@ -32,6 +33,8 @@ def up(
 
     medsynth stack up && source .medsynth-stack/env
     """
+    from cluster import stack
+
     folder = folder.absolute()
     options = {
         "mlflow_port": mlflow_port,
@@ -48,9 +51,10 @@ def up(
     _print(found)
     kept = [server.name for server in found if server.name not in started]
     console.print(f"Started: {', '.join(started) or 'nothing'}. Already ran: {', '.join(kept) or 'nothing'}.")
-    console.print(f"To use it, run in each shell: source {os.path.relpath(folder / stack.ENVIRONMENT)}, which is")
+    source = command_line(["source", os.path.relpath(folder / stack.ENVIRONMENT)])
+    console.print(f"To use it, run in each shell: {plain(source)}, which is", soft_wrap=True)
     for line in stack.shell_lines(folder):
-        console.print(f"  {line}", soft_wrap=True, markup=False)
+        console.print(f"  {visible(line)}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -59,6 +63,8 @@ def status(folder: Folder = FOLDER) -> None:
 
     medsynth stack status
     """
+    from cluster import stack
+
     found = stack.status(folder.absolute())
     _print(found)
     if any(server.state != "up" for server in found):
@@ -71,12 +77,15 @@ def down(folder: Folder = FOLDER) -> None:
 
     medsynth stack down
     """
+    from cluster import stack
+
     with console.status("waiting until all have ended"):
         ended = stack.down(folder.absolute())
-    console.print(f"Ended: {', '.join(ended) or 'nothing, for nothing ran'}. Data and logs stay in {folder}.")
+    names = ", ".join(ended) or "nothing, for nothing ran"
+    console.print(f"Ended: {names}. Data and logs stay in {plain(folder)}.", soft_wrap=True)
 
 
-def _print(found: list[stack.Status]) -> None:
+def _print(found: list["Status"]) -> None:
     table = Table(box=None)
     for column in ("server", "state", "address", "pid", "log"):
         table.add_column(column, overflow="fold")
@@ -84,5 +93,5 @@ def _print(found: list[stack.Status]) -> None:
         color = "green" if server.state == "up" else "red"
         pid = "" if server.pid is None else str(server.pid)
         log = os.path.relpath(server.log)
-        table.add_row(server.name, f"[{color}]{server.state}[/]", server.url, pid, log)
+        table.add_row(server.name, f"[{color}]{server.state}[/]", plain(server.url), pid, plain(log))
     console.print(table)

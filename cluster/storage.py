@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +17,15 @@ from functools import cache
 from pathlib import Path
 from random import random
 from time import sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import boto3
-import pyarrow.fs
-from boto3.exceptions import Boto3Error
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
 from cluster import counters
 from cluster.errors import UserError
+
+# boto3 and pyarrow take a third of a second to import, and a mistyped path should not have to wait for them.
+if TYPE_CHECKING:
+    import pyarrow.fs
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ TRANSFER_THREADS = 8
 READ_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 CONNECTIONS = 64  # kept: more threads than read at once, each of which would else open its own for one request
 READ_TIMEOUT_SECONDS = 20  # without a byte
+ANSWER_SECONDS = 4  # for the first answer, where somebody waits for it
 
 
 class StorageError(UserError):
@@ -105,6 +105,8 @@ def sha256(uri: str) -> str:
 def _get(request: dict[str, Any]) -> bytes:
     """An object's bytes. boto3 asks again for what is refused, four times, but not for a body that breaks off or
     stands still; an epoch of many reads meets worse."""
+    from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
+
     for pause_seconds in READ_PAUSES_SECONDS:
         try:
             return bytes(_s3().get_object(**request)["Body"].read())
@@ -243,13 +245,24 @@ def check_writable(uri: str) -> None:
     delete(probe)
 
 
+def check_answers(uri: str) -> None:
+    """Raise StorageError within seconds if no S3 server answers: what is read later is asked for several times."""
+    from botocore.exceptions import ClientError
+
+    quick = {"connect_timeout": ANSWER_SECONDS, "read_timeout": ANSWER_SECONDS, "retries": {"total_max_attempts": 1}}
+    with _explained("read", uri), suppress(ClientError):  # which is an answer
+        _new_client(**quick).head_bucket(Bucket=_location(uri)["Bucket"])
+
+
 def endpoint() -> str:
     """The URL of the S3 server that this environment names."""
     return str(_s3().meta.endpoint_url)
 
 
-def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """The pyarrow filesystem of `uri` and the path in it, reaching the same endpoint as everything here."""
+    import pyarrow.fs
+
     if not is_remote(uri):
         return pyarrow.fs.LocalFileSystem(), absolute(uri)
     endpoint = urlsplit(_s3().meta.endpoint_url)
@@ -275,18 +288,22 @@ def _location(uri: str) -> dict[str, str]:
 
 @cache
 def _client(process: int) -> Any:
-    client = boto3.session.Session().client(
-        "s3",
-        config=Config(
-            retries={"mode": "standard", "max_attempts": 4},
-            connect_timeout=5,
-            read_timeout=READ_TIMEOUT_SECONDS,
-            max_pool_connections=CONNECTIONS,
-        ),
+    client = _new_client(
+        retries={"mode": "standard", "max_attempts": 4},
+        connect_timeout=5,
+        read_timeout=READ_TIMEOUT_SECONDS,
+        max_pool_connections=CONNECTIONS,
     )
     client.meta.events.register("after-call.s3", _count_retries)
     client.meta.events.register("after-call-error.s3", _count_retries)
     return client
+
+
+def _new_client(**settings: Any) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session().client("s3", config=Config(**settings))
 
 
 def _count_retries(event_name: str, context: dict[str, Any], **_: Any) -> None:
@@ -321,6 +338,16 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _boto3_errors() -> tuple[type[Exception], ...]:
+    """All that boto3 raises; none before it has been imported."""
+    if "boto3" not in sys.modules:
+        return ()
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return ClientError, BotoCoreError, Boto3Error
+
+
 @contextmanager
 def _explained(verb: str, uri: str) -> Iterator[None]:
     """Turn what the operating system or boto3 raises into one line that names the place and the remedy."""
@@ -328,8 +355,9 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
-    except (ClientError, BotoCoreError, Boto3Error) as error:  # of which one is an OSError too
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+    except _boto3_errors() as error:  # of which one is an OSError too
+        answer = getattr(error, "response", None)
+        code = answer["Error"]["Code"] if isinstance(answer, dict) else type(error).__name__
         if code in ("404", "NoSuchKey", "NotFound"):
             raise NotFoundError(f"cannot {verb} {uri}: it is not there") from None
         reason = _REMEDIES.get(code, str(error).splitlines()[0])

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import ssl
 import threading
 import urllib.error
@@ -44,6 +45,7 @@ CERTIFICATES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE")  # as 
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
 JOBS_TAG = "ray_jobs"  # of a run: the ids of the jobs of a Ray cluster that have worked on it
 SQLITE = "sqlite:///"
+ANSWER_SECONDS = 5  # for the first answer of a server
 SYSTEM_METRICS_SECONDS = 10
 URI, LOGIN = "MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
@@ -258,7 +260,7 @@ class Tracker:
         if self.tracking_uri.startswith("http"):
             run = self.client.get_run(self.run_id)
             return f"{without_secrets(self.tracking_uri)}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {without_secrets(self.tracking_uri)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(self.tracking_uri))}"
 
 
 def find_run(run_id: str) -> Tracker | None:
@@ -298,7 +300,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     if tracking_uri.startswith("http"):
         try:
             health = f"{without_secrets(tracking_uri)}/health"
-            urllib.request.urlopen(health, timeout=10, context=_trust(tracking_uri)).close()
+            urllib.request.urlopen(health, timeout=ANSWER_SECONDS, context=_trust(tracking_uri)).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):  # asked again below, with credentials
                 raise TrackingError(f"{without_secrets(tracking_uri)} is no MLflow server: HTTP {error.code}") from None

@@ -5,25 +5,20 @@ from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from random import Random
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
-from data_shards import overview
-from data_shards.manifest import Manifest
-from data_shards.parallel import mapping
-from data_shards.sample import Record, derive_seed
-from data_shards.sources import Columns, embedded_records, medvqa_records, roco_records, table_records
-from data_shards.verification import Claim, find_fault
-from data_shards.writer import DUPLICATES, QUARANTINE, Settings, write_shards
+from cluster.terminal import ask, console, plain
+
+if TYPE_CHECKING:
+    from data_shards.sample import Record
 
 app = typer.Typer(no_args_is_help=True)
-console = Console(highlight=False)
 
 DEFAULT_SPLITS = ("train=0.8", "validation=0.1", "test=0.1")
 
@@ -45,8 +40,9 @@ def write(
     format: Annotated[
         Format,
         typer.Option(
+            metavar="KIND",
             help="medvqa: prompt-gt.csv. roco: ID,Caption. table: file names. parquet: images within rows. "
-            "datasets: what Hugging Face's save_to_disk wrote."
+            "datasets: what Hugging Face's save_to_disk wrote.",
         ),
     ] = Format.TABLE,
     name: Annotated[str | None, typer.Option(help="Name of the set. Default: the source's.")] = None,
@@ -62,7 +58,10 @@ def write(
     licence_column: Annotated[str | None, typer.Option(help="Column of licences.")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of splits, if they are given.")] = None,
     split_by_file: Annotated[
-        bool, typer.Option(help="parquet, datasets: file names, such as train-00000.parquet, say the split.")
+        bool,
+        typer.Option(
+            "--split-by-file", help="parquet, datasets: file names, such as train-00000.parquet, say the split."
+        ),
     ] = False,
     split: Annotated[list[str] | None, typer.Option(help="A split's share, NAME=SHARE; may be repeated.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
@@ -70,25 +69,20 @@ def write(
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the order.")] = 0,
     max_quarantined: Annotated[float, typer.Option(min=0, max=1, help="Give up above this share of bad inputs.")] = 1.0,
     num_workers: Annotated[int, typer.Option(min=1, help="Threads; with RAY_ADDRESS set, the cluster's CPUs.")] = 4,
-    overwrite: Annotated[bool, typer.Option(help="Replace shards of other input.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of other input.")] = False,
 ) -> None:
     """Turn images and captions into WebDataset shards with a manifest.
 
     medsynth shards write my-data/captions.csv --images my-data/images --group-column patient --out shards
     """
+    ask(source, out)
+    from data_shards.sources import Columns, embedded_records, medvqa_records, roco_records, table_records
+
     if (id_column or split_by_file) and format not in (Format.PARQUET, Format.DATASETS):
         option = "--id-column" if id_column else "--split-by-file"
         raise UserError(f"{option} is for images within rows: it goes with --format parquet or datasets")
     splits = _splits(split or (() if split_column or split_by_file else DEFAULT_SPLITS))
     columns = Columns(image_column, caption_column, group_column, licence_column, split_column, id_column)
-    settings = Settings(
-        name=name or PurePosixPath(storage.absolute(source)).stem,
-        splits=splits,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-        resize=resize,
-        max_quarantined=max_quarantined,
-    )
     with ExitStack() as unpacked, progress_lines(console) as on_progress:
         records: Iterator[Record]
         if format is Format.MEDVQA:
@@ -100,30 +94,43 @@ def write(
         else:
             rows = embedded_records(source, out, columns, images=images, split_by_file=split_by_file)
             records = unpacked.enter_context(rows)
+        # It takes a second or two to import, and a table that cannot be read should not have to wait for it.
+        from data_shards.writer import DUPLICATES, QUARANTINE, Settings, write_shards
+
         manifest = write_shards(
             records,
             out,
-            settings,
+            Settings(
+                name=name or PurePosixPath(storage.absolute(source)).stem,
+                splits=splits,
+                samples_per_shard=samples_per_shard,
+                seed=seed,
+                resize=resize,
+                max_quarantined=max_quarantined,
+            ),
             source={"format": format.value, "uri": source},
             overwrite=overwrite,
             num_workers=num_workers,
             on_progress=on_progress,
         )
     total = sum(shard.num_samples for shard in manifest.shards)
-    console.print(f"{total} samples in {len(manifest.shards)} shards at {out}, digest {manifest.digest[:12]}")
+    console.print(
+        f"{total} samples in {len(manifest.shards)} shards at {plain(out)}, digest {manifest.digest[:12]}",
+        soft_wrap=True,
+    )
     if manifest.quarantined:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
         console.print(
-            f"Left out: {sum(manifest.quarantined.values())} inputs ({reasons}); each is named in "
-            f"{storage.join(out, QUARANTINE)}",
+            f"Left out: {sum(manifest.quarantined.values())} inputs ({plain(reasons)}); each is named in "
+            f"{plain(storage.join(out, QUARANTINE))}",
             soft_wrap=True,
         )
     if manifest.near_duplicates:
         pairs = ", ".join(f"{pair} {count}" for pair, count in manifest.near_duplicates.items())
         console.print(
-            f"Near-duplicates across splits: {pairs}. So many samples of the first look the same as one of the second, "
-            f"as {storage.join(out, DUPLICATES)} names them: a model would be judged on what it was trained on. Give "
-            "--group-column a column that joins them, or leave them out.",
+            f"Near-duplicates across splits: {plain(pairs)}. So many samples of the first look the same as one of the "
+            f"second, as {plain(storage.join(out, DUPLICATES))} names them: a model would be judged on what it was "
+            "trained on. Give --group-column a column that joins them, or leave them out.",
             soft_wrap=True,
         )
 
@@ -139,10 +146,15 @@ def inspect(
 
     medsynth shards inspect demo/shards --contact-sheet samples.png
     """
+    from data_shards.manifest import Manifest
+
+    ask(shards)
     manifest = Manifest.load(shards)
     if contact_sheet and manifest.precomputed:
         raise UserError(f"{shards} is a precomputed set, with nothing to draw: inspect the shards it was made of")
-    table = Table(title=f"{manifest.name}, digest {manifest.digest[:12]}", title_justify="left")
+    from data_shards import overview  # and all that decodes pictures: to see that no shards are there, it is not needed
+
+    table = Table(title=f"{plain(manifest.name)}, digest {manifest.digest[:12]}", title_justify="left")
     table.add_column("split", no_wrap=True)
     for column in ("samples", "shards", "MB", "groups", "captions an image"):
         table.add_column(column, justify="right")
@@ -151,7 +163,7 @@ def inspect(
         entries = manifest.split(split)
         samples = sum(shard.num_samples for shard in entries)
         table.add_row(
-            split,
+            plain(split),
             str(samples),
             str(len(entries)),
             f"{sum(shard.num_bytes for shard in entries) / 1e6:.1f}",
@@ -160,10 +172,11 @@ def inspect(
         )
     console.print(table)
     words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
-    console.print(f"Words a caption: {'; '.join(words)}")
+    console.print(f"Words a caption: {plain('; '.join(words))}", soft_wrap=True)
     if not manifest.precomputed:
         sizes = {split: [f"{width} x {height}" for width, height in look.sizes] for split, look in looks.items()}
-        console.print(f"Pixels: {'; '.join(f'{split} {overview.spread(found)}' for split, found in sizes.items())}")
+        pixels = "; ".join(f"{split} {overview.spread(found)}" for split, found in sizes.items())
+        console.print(f"Pixels: {plain(pixels)}", soft_wrap=True)
     for title, counts in (
         ("Licences", manifest.licences),
         ("Left out", manifest.quarantined),
@@ -171,13 +184,15 @@ def inspect(
         ("Near-duplicates across splits", manifest.near_duplicates),
     ):
         if counts:
-            console.print(f"{title}: " + ", ".join(f"{what} ({count})" for what, count in counts.items()))
+            console.print(
+                f"{title}: " + ", ".join(f"{plain(what)} ({count})" for what, count in counts.items()), soft_wrap=True
+            )
     total = sum(shard.num_samples for shard in manifest.shards)
     seen = sum(look.num_samples for look in looks.values())
-    console.print(f"Split {manifest.split_rule}. Looked into {seen} of {total} samples.", soft_wrap=True)
+    console.print(f"Split {plain(manifest.split_rule)}. Looked into {seen} of {total} samples.", soft_wrap=True)
     if contact_sheet:
         overview.contact_sheet(shards, manifest, contact_sheet)
-        console.print(f"Samples drawn: {contact_sheet}", soft_wrap=True)
+        console.print(f"Samples drawn: {plain(contact_sheet)}", soft_wrap=True)
 
 
 @app.command()
@@ -191,6 +206,12 @@ def verify(
 
     medsynth shards verify s3://bucket/shards --sample 100
     """
+    from data_shards.manifest import Manifest
+    from data_shards.parallel import mapping
+    from data_shards.sample import derive_seed
+    from data_shards.verification import Claim, find_fault
+
+    ask(shards)
     manifest = Manifest.load(shards)
     drawn = list(manifest.shards)
     if sample is not None and sample < len(drawn):
@@ -202,7 +223,7 @@ def verify(
             on_progress("verifying", done, len(claims))
             faults += [fault] if fault else []
     for line in faults:
-        console.print(f"[red]✗[/] {line}", soft_wrap=True)
+        console.print(f"[red]✗[/] {plain(line)}", soft_wrap=True)
     num_bytes, all_bytes = (sum(s.num_bytes for s in some) for some in (drawn, manifest.shards))
     which = f"All {len(drawn)} shards"
     if len(drawn) < len(manifest.shards):

@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # records are read without torch, which takes seconds to import
+    from torch import Tensor
 
 # Members of a sample by their ending, after KEY and a dot. Precomputed members are NumPy arrays of float32 [2C, h, w],
 # which WebDataset's own decoder reads.
@@ -36,7 +38,7 @@ class Record:
 class Batch:
     """Decoded samples, in the order of the plan."""
 
-    inputs: Tensor
+    inputs: "Tensor"
     """float32 [B, ...]: `images` of plain shards, `moments` of a precomputed set."""
     captions: list[str]
     """One for each sample, drawn from its captions."""
@@ -47,20 +49,20 @@ class Batch:
     seeds: list[int]
     """A 63-bit seed for each sample and epoch, from which all its random draws follow."""
     is_precomputed: bool = False
-    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Mapping[str, "Tensor"] = field(default_factory=dict)
     """Of a precomputed set, the embeddings of the captions, bfloat16 [B, ...] by name."""
     weight: float = 1.0
     """What its mean loss counts for in its rank's sum, whose mean over ranks is the mean over the global batch; 0 for
     one that only keeps step with ranks that have more."""
 
     @property
-    def images(self) -> Tensor:
+    def images(self) -> "Tensor":
         """float32 [B, 3, H, W] in [-1, 1]."""
         assert not self.is_precomputed, "a precomputed set holds no images, only their moments"
         return self.inputs
 
     @property
-    def moments(self) -> Tensor:
+    def moments(self) -> "Tensor":
         """float32 [B, 2C, h, w]: the VAE posterior's means, then its log-variances."""
         assert self.is_precomputed, "plain shards hold no moments: precompute them"
         return self.inputs

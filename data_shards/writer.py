@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from cluster import storage
 from cluster.errors import UserError
@@ -155,6 +154,8 @@ def write_tar(
     samples: Iterable[Mapping[str, str | bytes]], out: str, *, name: str, split: str, made_of: str
 ) -> ShardEntry:
     """Write a shard of samples, each its `__key__` and its members by ending, then its index, and describe it."""
+    from webdataset.writer import TarWriter  # it imports torch, which takes a second
+
     entries: list[SampleEntry] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name

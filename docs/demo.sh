@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The whole product in small, on real colonoscopy images: shards, training, registry, pictures, judgement. Run by `make demo`.
 set -euo pipefail
-: "${DEMO:=demo}" "${BIN:=.venv/bin}" "${PROMPT:=Generate an image with a large polyp.}"
+: "${DEMO:=demo}" "${BIN:=.venv/bin}" "${PROMPT:=Generate an image with a large polyp.}" "${TRAIN:=}"
 export MLFLOW_TRACKING_URI="${MLFLOW_TRACKING_URI:-sqlite:///$PWD/$DEMO/mlflow.db}" HF_HUB_OFFLINE=1
 mkdir -p "$DEMO"
 SECONDS=0
+"$BIN/python" docs/demo_time.py
 
 "$BIN/medsynth" shards write tests/data/colonoscopy --format medvqa --samples-per-shard 100 --out "$DEMO/shards"
 "$BIN/medsynth" shards inspect "$DEMO/shards"
-"$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs"
+"$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs" $TRAIN
 "$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --out "$DEMO/samples"
 
 # Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.

@@ -1,8 +1,6 @@
 """The command `medsynth sweep`."""
 
 import json
-import math
-import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -13,22 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import UserError
-from cluster.progress import PlainLines
-from sweeps.guidance_cli import run_guidance_sweep
-from sweeps.guidance_spec import load_guidance_spec
-from sweeps.lr_find_cli import run_lr_find
-from sweeps.spec import SweepSpec, Trial, load_spec
-from trainers.recipe import read_document
+from cluster.progress import PlainLines, clock
+from cluster.terminal import ask, command_line, console, plain, say_starting
 
 if TYPE_CHECKING:
+    from sweeps.spec import SweepSpec, Trial
     from sweeps.tune import Swept
     from trainers.launch import Progress
 
-console = Console(highlight=False)
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 OVER_RECIPES, OVER_GUIDANCE, RANGE_TEST = "a sweep over recipes", "a sweep over guidance", "a range test"
 OPTIONS = {
@@ -122,6 +115,13 @@ def sweep(
 
     medsynth sweep --lr-find recipes/msdm-demo.yaml
     """
+    from sweeps.guidance_cli import run_guidance_sweep
+    from sweeps.guidance_spec import load_guidance_spec
+    from sweeps.lr_find_cli import run_lr_find
+    from trainers.recipe import read_document
+
+    if spec:
+        ask(spec)
     if guidance or (spec and "model" in read_document(spec, "sweep", "'recipe' and 'space'")):
         kind = OVER_GUIDANCE
     else:
@@ -157,25 +157,33 @@ def _check_options(context: typer.Context, kind: str) -> None:
 
 
 def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume: str | None) -> None:
-    # Optuna and Ray take seconds to import, and a wrong specification should not have to wait for them.
-    loaded = load_spec(spec, overrides)
-    from sweeps.space import num_trials
-    from sweeps.tune import SweepStopped, run_sweep
-
     if run and resume:
         raise UserError("--run names a new sweep, --resume one that was cut off: give one of them")
+    from sweeps.spec import load_spec
+
+    loaded = load_spec(spec, overrides)
+    from sweeps.space import check, num_trials
+    from trainers.families import check_shards
+
+    recipes = check(loaded)
+    ask(*sorted({recipe.data.shards for recipe in recipes}))
+    for recipe in recipes:
+        check_shards(recipe)
     name = resume or run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    changes = "".join(f" --set {shlex.quote(change)}" for change in overrides)
-    command = f"medsynth sweep {shlex.quote(spec)}{changes} --resume {name}"
+    changes = [word for change in overrides for word in ("--set", change)]
+    command = command_line(["medsynth", "sweep", spec, *changes, "--resume", name])
     total = num_trials(loaded)
     of = f"of at most {total} trials" if total else "for as long as its budget lasts"
-    console.print(f"Sweep [bold]{name}[/] {of}; to resume it: {command}", soft_wrap=True)
+    console.print(f"Sweep [bold]{plain(name)}[/] {of}; to resume it: {plain(command)}", soft_wrap=True)
+    say_starting("PyTorch, Ray and MLflow")
+    from sweeps.tune import SweepStopped, run_sweep
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted
     try:
         with TrialTable(console, loaded, total) as table:
             swept = run_sweep(loaded, name, is_new=resume is None, watch=table)
     except SweepStopped:
-        console.print(f"Stopped; the trials' checkpoints are kept. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped; the trials' checkpoints are kept. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
     summarize(console, loaded, swept)
     if swept.best is None:
@@ -185,7 +193,7 @@ def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume:
 class TrialTable:
     """Shows the trials as they fare: a table that changes in place on a terminal, a line for each change in a log."""
 
-    def __init__(self, console: Console, spec: SweepSpec, total: int | None) -> None:
+    def __init__(self, console: Console, spec: "SweepSpec", total: int | None) -> None:
         self._console = console
         self._spec = spec
         self._total = total
@@ -204,7 +212,7 @@ class TrialTable:
     ) -> None:
         self._live.stop()
 
-    def show(self, trials: Sequence[Trial], steps: int) -> None:
+    def show(self, trials: Sequence["Trial"], steps: int) -> None:
         if self._console.is_terminal:
             self._live.update(trial_table(self._spec, trials, steps, total=self._total), refresh=True)
             return
@@ -222,20 +230,20 @@ class TrialTable:
 
     def say(self, line: str) -> None:
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
-        self._console.print(f"{elapsed} {escape(line)}", soft_wrap=True)
+        self._console.print(f"{elapsed} {plain(line)}", soft_wrap=True)
 
 
-def trial_table(spec: SweepSpec, trials: Sequence[Trial], steps: int, *, total: int | None) -> Table:
+def trial_table(spec: "SweepSpec", trials: Sequence["Trial"], steps: int, *, total: int | None) -> Table:
     """A row for each trial: state, values of the keys, the objective's last value, steps of `steps`, time left."""
     ended = sum(trial.state != "running" for trial in trials)
-    table = Table(title=f"{spec.name}: {ended} of {total or '?'} trials ended", title_justify="left")
+    table = Table(title=f"{plain(spec.name)}: {ended} of {total or '?'} trials ended", title_justify="left")
     for heading in ("trial", "state", *_headings(list(spec.space)), spec.objective.metric, "steps", "left"):
-        table.add_column(heading)
+        table.add_column(plain(heading))
     for trial in trials:
         table.add_row(
             str(trial.number),
             f"[{COLOURS[trial.state]}]{trial.state}[/]",
-            *(_short(trial.params.get(key, "")) for key in spec.space),
+            *(plain(_short(trial.params.get(key, ""))) for key in spec.space),
             "" if trial.value is None else f"{trial.value:.5g}",
             f"{trial.steps}/{trial.end or steps}",
             _left(trial, steps),
@@ -243,21 +251,24 @@ def trial_table(spec: SweepSpec, trials: Sequence[Trial], steps: int, *, total: 
     return table
 
 
-def summarize(console: Console, spec: SweepSpec, swept: "Swept") -> None:
+def summarize(console: Console, spec: "SweepSpec", swept: "Swept") -> None:
     """The end of a sweep: its trials, the best recipe, where everything is, and what to do next."""
     console.print(trial_table(spec, swept.trials, swept.steps, total=len(swept.trials)))
     if best := swept.best:
-        console.print(f"Best: trial {best.number}, {spec.objective.metric} {best.value:.5g}")
+        console.print(f"Best: trial {best.number}, {plain(spec.objective.metric)} {best.value:.5g}")
         table = Table(show_header=False)
         for key, value in best.params.items():
-            table.add_row(key, _short(value))
-        table.add_row("recipe", swept.journal.best_recipe)
-        table.add_row("model", swept.model_uri)
+            table.add_row(plain(key), plain(_short(value)))
+        table.add_row("recipe", plain(swept.journal.best_recipe))
+        table.add_row("model", plain(swept.model_uri))
         console.print(table)
-        console.print(f"Train it again, or longer: medsynth train {swept.journal.best_recipe}", soft_wrap=True)
+        again = command_line(["medsynth", "train", swept.journal.best_recipe])
+        console.print(f"Train it again, or longer: {plain(again)}", soft_wrap=True)
     if swept.model_uri and swept.model_uri.startswith("models:/"):
-        console.print(f"Judge it: medsynth promote {swept.model_uri} --data ...", soft_wrap=True)
-    console.print(f"Everything is in {swept.journal.uri}; MLflow: {swept.tracker.ui_command()}", soft_wrap=True)
+        judge = command_line(["medsynth", "promote", swept.model_uri])
+        console.print(f"Judge it: {plain(judge)} --data ...", soft_wrap=True)
+    where = f"Everything is in {swept.journal.uri}; MLflow: {swept.tracker.ui_command()}"
+    console.print(plain(where), soft_wrap=True)
 
 
 def _headings(keys: Sequence[str]) -> list[str]:
@@ -274,16 +285,15 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _progress(trial: Trial, steps: int) -> str:
+def _progress(trial: "Trial", steps: int) -> str:
     value = "" if trial.value is None else f"  objective {trial.value:.5g} at step {trial.steps}/{trial.end or steps}"
     left = _left(trial, steps)
     return f"{value}  {left} left" if left else value
 
 
-def _left(trial: Trial, steps: int) -> str:
+def _left(trial: "Trial", steps: int) -> str:
     """Time to the end of a running trial at its speed so far."""
     done = trial.steps - trial.begin
     if trial.state != "running" or not done:
         return ""
-    seconds = math.ceil(trial.seconds / done * ((trial.end or steps) - trial.steps))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return clock(trial.seconds / done * ((trial.end or steps) - trial.steps))

@@ -8,8 +8,10 @@ from rich.table import Table
 
 from cluster import storage
 from cluster.progress import progress_lines
+from cluster.terminal import command_line, plain, say_starting
 from sweeps.guidance_document import FRONT, GRID, GuidanceSweep
 from sweeps.guidance_spec import GuidanceSpec
+from trainers.evaluation_options import check_asked, check_model
 from trainers.fidelity.figures import metric_of
 
 
@@ -25,11 +27,15 @@ def run_guidance_sweep(
     make_default: bool = True,
 ) -> GuidanceSweep:
     """Sweep in the folder or s3:// prefix `out`, by default a new one in sweeps-out/, and record it in MLflow."""
-    from sweeps.guidance import record_guidance_sweep, sweep_guidance
-
+    check_asked(spec.data, spec.extractors)
+    check_model(spec.model)
     name = PurePosixPath(spec.model.replace(":", "")).name.replace("@", "-")
     place = out or f"sweeps-out/guidance-{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    console.print(f"Guidance sweep in [bold]{place}[/]; cut off, it goes on with --out {place}", soft_wrap=True)
+    again = command_line(["--out", place])
+    console.print(f"Guidance sweep in [bold]{plain(place)}[/]; cut off, it goes on with {plain(again)}", soft_wrap=True)
+    say_starting("PyTorch and the model")
+    from sweeps.guidance import record_guidance_sweep, sweep_guidance
+
     with progress_lines(console) as on_progress:
         sweep = sweep_guidance(
             spec.model,
@@ -42,13 +48,16 @@ def run_guidance_sweep(
             on_progress=on_progress,
         )
     console.print(table_of(sweep))
-    console.print(f"Recommended: {', '.join(f'{key} {value}' for key, value in sweep.best.setting.items())}")
-    console.print(f"Pictures: {storage.join(place, FRONT)} and {storage.join(place, GRID)}", soft_wrap=True)
+    best = ", ".join(f"{key} {value}" for key, value in sweep.best.setting.items())
+    console.print(f"Recommended: {plain(best)}", soft_wrap=True)
+    pictures = f"{storage.join(place, FRONT)} and {storage.join(place, GRID)}"
+    console.print(f"Pictures: {plain(pictures)}", soft_wrap=True)
     if record:
         tracker = record_guidance_sweep(sweep, place, make_default=make_default)
         if make_default and spec.model.startswith("models:/"):
-            console.print(f"{spec.model} is drawn so from now on, unless another setting is asked for", soft_wrap=True)
-        console.print(f"MLflow: {tracker.ui_command()}", soft_wrap=True)
+            told = f"{spec.model} is drawn so from now on, unless another setting is asked for"
+            console.print(plain(told), soft_wrap=True)
+        console.print(f"MLflow: {plain(tracker.ui_command())}", soft_wrap=True)
     return sweep
 
 
@@ -57,10 +66,8 @@ def table_of(sweep: GuidanceSweep) -> Table:
 
     Intervals are in the document and in the picture.
     """
-    table = Table(
-        title=f"{sweep.model.name}: {len(sweep.samples)} images each beside {sweep.reference.num_images} real ones",
-        title_justify="left",
-    )
+    title = f"{sweep.model.name}: {len(sweep.samples)} images each beside {sweep.reference.num_images} real ones"
+    table = Table(title=plain(title), title_justify="left")
     measures = sweep.settings[0].measures
     for column in sweep.best.setting:
         table.add_column(column.replace("num_inference_", "").replace("_scale", "").replace("_", " "), justify="right")
@@ -72,7 +79,7 @@ def table_of(sweep: GuidanceSweep) -> Table:
     for result in sweep.settings:
         is_best = result.name == sweep.recommended
         table.add_row(
-            *(str(value) for value in result.setting.values()),
+            *(plain(value) for value in result.setting.values()),
             *(f"{result.measures[name].value:.4g}" for name in (sweep.fidelity, sweep.alignment)),
             f"{result.seconds_per_image:.2f}",
             "★" if is_best else "•" if result.name in sweep.front else "",

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from cluster.errors import UserError
 from trainers.recipe import Block, apply_override, explain, read_document
 
-DEFAULT_GRID: dict[str, Any] = {"guidance_scales": [1, 1.5, 2, 3.5, 5, 7.5]}
+DEFAULT_GRID: dict[str, Any] = {"guidance_scales": [1, 1.5, 2, 3, 4.5, 7.5]}
 """Of a model that is named without a specification."""
 
 

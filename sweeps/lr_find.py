@@ -131,6 +131,7 @@ def find_learning_rate(
     steps: int,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
+    on_starting: Callable[[str], None] = lambda what: None,
 ) -> Found:
     """Train the recipe's last stage with learning rates from `lr_min` to `lr_max` and suggest one: see RULE.
 
@@ -155,7 +156,14 @@ def find_learning_rate(
         on_progress(progress)
 
     try:
-        train_recipe(recipe, name, on_progress=watch, on_stop_requested=on_stop_requested, tags={KIND: KIND_OF_RUN})
+        train_recipe(
+            recipe,
+            name,
+            on_progress=watch,
+            on_stop_requested=on_stop_requested,
+            on_starting=on_starting,
+            tags={KIND: KIND_OF_RUN},
+        )
     except RunStopped:
         if not has_blown_up:
             raise

@@ -1,14 +1,14 @@
 """`medsynth sweep --lr-find`: a learning-rate range test of a recipe, and what it suggests."""
 
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.terminal import ask, command_line, plain, say_starting
+from trainers.families import check_shards
 from trainers.recipe import load_recipe
-from trainers.watch import watching
 
 if TYPE_CHECKING:
     from sweeps.lr_find import Found
@@ -29,19 +29,22 @@ def run_lr_find(
     A test of the name `run` that was stopped goes on.
     """
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
+    ask(recipe_uri)
     recipe = load_recipe(recipe_uri, overrides)
+    ask(recipe.data.shards)
+    check_shards(recipe)
+    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
+    asked = [recipe_uri, *(word for change in overrides for word in ("--set", change))]
+    rates = ["--lr-min", f"{lr_min:g}", "--lr-max", f"{lr_max:g}", "--steps", steps]
+    command = command_line(["medsynth", "sweep", "--lr-find", *asked, *rates, "--run", name])
+    console.print(f"Range test [bold]{plain(name)}[/]; to resume it: {plain(command)}", soft_wrap=True)
+    say_starting("PyTorch, Ray and MLflow")
     from sweeps.lr_find import find_learning_rate
     from trainers.launch import emulated_precision
+    from trainers.watch import watching
 
-    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
-    asked = " ".join([shlex.quote(recipe_uri), *(f"--set {shlex.quote(change)}" for change in overrides)])
-    command = (
-        f"medsynth sweep --lr-find {asked} --lr-min {lr_min:g} --lr-max {lr_max:g} --steps {steps} "
-        f"--run {shlex.quote(name)}"
-    )
-    console.print(f"Range test [bold]{name}[/]; to resume it: {command}", soft_wrap=True)
     if notice := emulated_precision(recipe):
-        console.print(f"[yellow]{notice}[/]", soft_wrap=True)
+        console.print(f"[yellow]{plain(notice)}[/]", soft_wrap=True)
     with watching(console, command) as watch:
         found = find_learning_rate(
             recipe,
@@ -51,16 +54,17 @@ def run_lr_find(
             steps=steps,
             on_progress=watch.show,
             on_stop_requested=watch.say_stopping,
+            on_starting=watch.say_starting,
         )
     suggestion = found.suggestion
     rate = f"{suggestion.learning_rate:.2g}"
     console.print(
-        f"Suggested learning rate of {found.stage}: [bold]{rate}[/], where the loss falls most steeply; "
+        f"Suggested learning rate of {plain(found.stage)}: [bold]{rate}[/], where the loss falls most steeply; "
         f"it is lowest at {suggestion.minimum:.2g}, a tenth of which is {suggestion.tenth_of_minimum:.2g}",
         soft_wrap=True,
     )
-    console.print(f"Picture: {found.picture}; MLflow: {found.tracker.ui_command()}", soft_wrap=True)
-    console.print(
-        f"Train with it: medsynth train {asked} --set {found.stage}.training.learning_rate={rate}", soft_wrap=True
-    )
+    where = f"Picture: {found.picture}; MLflow: {found.tracker.ui_command()}"
+    console.print(plain(where), soft_wrap=True)
+    train = command_line(["medsynth", "train", *asked, "--set", f"{found.stage}.training.learning_rate={rate}"])
+    console.print(f"Train with it: {plain(train)}", soft_wrap=True)
     return found

@@ -7,6 +7,7 @@ what came of it, is the business of sweeps/space.py and sweeps/journal.py, which
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -127,7 +128,9 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     journal = Journal(storage.join(recipe.cluster.storage, name))
     previous = journal.previous(spec, recipe)
     if is_new and previous:
-        raise UserError(f"there is a sweep at {journal.uri}: give --resume {name} to go on with it, or another name")
+        raise UserError(
+            f"there is a sweep at {journal.uri}: give --resume {shlex.quote(name)} to go on with it, or another name"
+        )
     if not is_new and not previous:
         raise UserError(f"there is no sweep at {journal.uri} to resume")
     storage.check_writable(journal.uri)

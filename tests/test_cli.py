@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import trainers.recipe
 from cluster.errors import UserError
 from data_shards import Manifest
 from data_shards.cli import app as shards_app
@@ -65,6 +69,24 @@ def test_help_shows_what_it_is_and_an_example(command: list[str]) -> None:
         assert f"medsynth {' '.join(command)} " in result.output.partition("Usage:")[2].partition("\n")[2]
 
 
+def test_names_of_options_are_whole_on_a_narrow_terminal() -> None:
+    """80 columns, as most terminals have. A name that is cut there cannot be typed."""
+    for path, command in leaves(get_command(app)):
+        result = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+        shown = set(result.output.replace(",", " ").split())
+        names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {name for name in names if name.startswith("--")} <= shown, path
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, inner in command.commands.items():
+        yield from leaves(inner, (*path, name))
+
+
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(recipe_file: Path) -> None:
     result = medsynth("train", str(recipe_file), "--set", "denoiser.training.learning_rat=1e-4")
     assert result.returncode == 2
@@ -76,6 +98,18 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(recipe_file: Path) ->
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such recipe": (lambda here: ["train", "nowhere.yaml"], "cannot read nowhere.yaml: it is not there"),
+    "a recipe of another folder": (
+        lambda here: ["train", "recipes/msdm-demo.yaml"],
+        "it is not there; did you mean .*/recipes/msdm-demo.yaml\\?",
+    ),
+    "a mistyped specification": (
+        lambda here: ["sweep", "msdm-learning-rat.yaml"],
+        "it is not there; did you mean .*/sweeps/specs/msdm-learning-rate.yaml\\?",
+    ),
+    "a plan of MSDM": (
+        lambda here: ["plan", str(here / "recipe.yaml")],
+        "medsynth plan is for FLUX; .* is of family msdm, which any GPU made for training holds",
+    ),
     "no such shards": (
         lambda here: ["train", str(here / "recipe.yaml"), "--set", "data.shards=nowhere"],
         "no shards at .*nowhere: manifest.json is not there; write them with 'medsynth shards write'",
@@ -122,6 +156,16 @@ def test_mistakes_are_explained(mistake: str, recipe_file: Path, tracking_uri: s
     with pytest.raises(UserError, match=said) as error:
         run(*arguments(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_version() -> None:
+    assert run("--version") == f"medsynth {version('medsynth')}\n"
+
+
+def test_an_installed_package_says_where_recipes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers.recipe, "SOURCE", tmp_path)
+    with pytest.raises(UserError, match="recipes and sweeps/specs are folders of the source code: name a file in your"):
+        run("train", "recipes/msdm-demo.yaml")
 
 
 def test_no_mlflow_server(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ from sweeps.spec import load_spec
 from trainers import checkpoint, sharded_checkpoint
 from trainers.ema import EMA
 from trainers.fidelity.state_dicts import read_file
+from trainers.gates import load_gates
 from trainers.generate import drawing_of
-from trainers.promote import load_gates
 from trainers.recipe import load_recipe
 from trainers.sharded_checkpoint import ShardedCheckpoint, State
 

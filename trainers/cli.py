@@ -1,21 +1,22 @@
 """The commands `medsynth train`, `generate`, `plan`, `export` and `shards precompute`."""
 
-import shlex
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress as ProgressBar
 
+from cluster import storage
 from cluster.errors import UserError
-from cluster.progress import progress_lines
-from trainers.recipe import FluxRecipe, load_recipe
-from trainers.watch import summarize, watching
+from cluster.progress import TimeLeft, progress_lines
+from cluster.terminal import ask, command_line, console, plain, say_starting
+from trainers.evaluation_options import check_model
 
-console = Console(highlight=False)
+if TYPE_CHECKING:
+    from trainers.recipe import FluxRecipe
+
+# What takes long to import, the commands import themselves, after all that they can refuse without it.
 
 
 class Weights(StrEnum):
@@ -38,19 +39,32 @@ def train(
 
     medsynth train recipes/msdm-demo.yaml --set denoiser.training.learning_rate=3e-4 --set cluster.num_workers=2
     """
-    # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
-    loaded = load_recipe(recipe, overrides or [])
-    from trainers.launch import emulated_precision, train_recipe
+    from trainers.families import check_shards
+    from trainers.recipe import load_recipe
 
+    ask(recipe)
+    loaded = load_recipe(recipe, overrides or [])
+    ask(loaded.data.shards)
+    check_shards(loaded)
     name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
-    command = f"medsynth train {shlex.quote(recipe)} {changes} --run {name}".replace("  ", " ")
+    changes = [word for change in overrides or [] for word in ("--set", change)]
+    command = command_line(["medsynth", "train", recipe, *changes, "--run", name])
     workers = " to ".join(str(number) for number in dict.fromkeys(loaded.cluster.worker_range))
-    console.print(f"Run [bold]{name}[/] with {workers} workers; to resume it: {command}", soft_wrap=True)
+    console.print(f"Run [bold]{plain(name)}[/] with {workers} workers; to resume it: {plain(command)}", soft_wrap=True)
+    say_starting("PyTorch, Ray and MLflow")
+    from trainers.launch import emulated_precision, train_recipe
+    from trainers.watch import summarize, watching, work_of
+
     if notice := emulated_precision(loaded):
-        console.print(f"[yellow]{notice}[/]", soft_wrap=True)
-    with watching(console, command) as watch:
-        trained = train_recipe(loaded, name, on_progress=watch.show, on_stop_requested=watch.say_stopping)
+        console.print(f"[yellow]{plain(notice)}[/]", soft_wrap=True)
+    with watching(console, command, TimeLeft(work_of(loaded))) as watch:
+        trained = train_recipe(
+            loaded,
+            name,
+            on_progress=watch.show,
+            on_stop_requested=watch.say_stopping,
+            on_starting=watch.say_starting,
+        )
     summarize(console, trained, loaded.sampling.prompts[-1])
 
 
@@ -61,13 +75,14 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
+        typer.Option(metavar="N", min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
     ] = None,
     true_cfg_scale: Annotated[
-        float | None, typer.Option(min=1, help="FLUX: weight of the prompt against the negative one; 1 is none.")
+        float | None,
+        typer.Option(metavar="N", min=1, help="FLUX: weight of the prompt against the negative one; 1 is none."),
     ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
+        int | None, typer.Option(metavar="N", min=1, help="Sampling steps. Default: the model's own.")
     ] = None,
     sampler: Annotated[
         str | None,
@@ -77,9 +92,9 @@ def generate(
         str | None,
         typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    num_images: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures drawn at a time.")] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="The same seed draws the same pictures.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,
@@ -90,6 +105,12 @@ def generate(
 
     medsynth generate --model models:/msdm-demo/1 --prompt "Generate an image with a large polyp." --out pictures
     """
+    try:
+        storage.check_writable(str(out))
+    except storage.StorageError as error:
+        raise UserError(f"{error}; choose another --out") from None
+    check_model(model)
+    say_starting("PyTorch and the model")
     from trainers.generate import generate as draw
 
     asked = {
@@ -100,8 +121,7 @@ def generate(
         "sampler": sampler,
         "precision": precision,
     }
-    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Drawing", total=num_images)
+    with progress_lines(console) as on_progress:
         paths = draw(
             model,
             prompt,
@@ -112,9 +132,9 @@ def generate(
             settings={name: value for name, value in asked.items() if value is not None},
             device=device,
             compile=compile,
-            on_progress=lambda done: bar.update(task, completed=done),
+            on_progress=on_progress,
         )
-    console.print(f"{len(paths)} pictures in {out}: {paths[0].name} to {paths[-1].name}")
+    console.print(f"{len(paths)} pictures in {plain(out)}: {paths[0].name} to {paths[-1].name}", soft_wrap=True)
 
 
 def precompute(
@@ -132,6 +152,11 @@ def precompute(
     loaded = _flux_recipe(
         recipe, overrides, "shards precompute", instead=", which medsynth train precomputes for between its two stages"
     )
+    from data_shards.manifest import Manifest
+
+    ask(loaded.data.shards)
+    Manifest.load(loaded.data.shards)
+    say_starting("PyTorch")
     from data_shards.precompute import precompute as encode
     from trainers.flux.encoders import FluxEncoders
 
@@ -157,7 +182,7 @@ def precompute(
     total = sum(shard.num_samples for shard in manifest.shards)
     megabytes = sum(shard.num_bytes for shard in manifest.shards) / 1e6
     console.print(
-        f"{total} samples at {loaded.data.precomputed}, digest {manifest.digest[:12]}: "
+        f"{total} samples at {plain(loaded.data.precomputed)}, digest {manifest.digest[:12]}: "
         f"{megabytes / total * 1000:.3g} MB per 1,000 images, prompts aside{speed}",
         soft_wrap=True,
     )
@@ -174,10 +199,14 @@ def plan(
 
     medsynth plan recipes/flux-full-8gpu.yaml --gpus 8 --gpu h200 --price 4
     """
-    from trainers.plan import gpu_named, plan_flux, render
+    from trainers.hardware import gpu_named
 
-    loaded = _flux_recipe(recipe, overrides, "plan")
-    render(plan_flux(loaded, num_gpus=gpus, gpu=gpu_named(gpu), price_per_gpu_hour=price), console)
+    loaded = _flux_recipe(recipe, overrides, "plan", instead=", which any GPU made for training holds: train it")
+    kind = gpu_named(gpu)
+    say_starting("PyTorch")
+    from trainers.plan import plan_flux, render
+
+    render(plan_flux(loaded, num_gpus=gpus, gpu=kind, price_per_gpu_hour=price), console)
 
 
 def export(
@@ -190,15 +219,18 @@ def export(
 
     medsynth export runs/flux-1 --step 2000 --out flux-2000
     """
+    ask(run)
     from trainers.export import export_checkpoint
 
     found = export_checkpoint(run, out, step=step, weights=weights.value)
-    console.print(
-        f"Checkpoint of step {found} as {out}; draw: medsynth generate --model {out} --prompt ...", soft_wrap=True
-    )
+    draw = command_line(["medsynth", "generate", "--model", out])
+    console.print(f"Checkpoint of step {found} as {plain(out)}; draw: {plain(draw)} --prompt ...", soft_wrap=True)
 
 
-def _flux_recipe(uri: str, overrides: list[str] | None, command: str, instead: str = "") -> FluxRecipe:
+def _flux_recipe(uri: str, overrides: list[str] | None, command: str, instead: str = "") -> "FluxRecipe":
+    from trainers.recipe import FluxRecipe, load_recipe
+
+    ask(uri)
     loaded = load_recipe(uri, overrides or [])
     if not isinstance(loaded, FluxRecipe):
         raise UserError(f"medsynth {command} is for FLUX; {uri} is of family {loaded.family}{instead}")

@@ -3,9 +3,8 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-console = Console(highlight=False)
+from cluster.terminal import ask, console, plain
 
 
 def compare(
@@ -35,11 +34,11 @@ def compare(
 
     medsynth compare models:/msdm-medvqa-gi@champion evaluations/flux --price 4 --latex table.tex --plot cost.png
     """
-    # matplotlib takes a second to import, and no other command needs it.
     from cluster import storage
     from trainers.compare import compare as set_side_by_side
     from trainers.compare import open_evaluation, quality_cost_plot, render, to_latex, to_markdown
 
+    ask(*runs)
     evaluations = [open_evaluation(run) for run in runs]
     table = set_side_by_side(evaluations, price_per_gpu_hour=price)
     render(table, console)
@@ -51,4 +50,4 @@ def compare(
         png = quality_cost_plot(evaluations, price_per_gpu_hour=price, measure=plot_measure, against=plot_against)
         storage.write_bytes(plot, png)
     for written in filter(None, (markdown, latex, plot)):
-        console.print(f"Written: {written}", soft_wrap=True)
+        console.print(f"Written: {plain(written)}", soft_wrap=True)

@@ -62,8 +62,8 @@ from trainers.fidelity.measures import (
 )
 from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, write_report
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
-from trainers.generate import Drawing, default_device, drawing_of, is_model
-from trainers.model_source import noted_run, open_model, pinned
+from trainers.generate import Drawing, default_device, drawing_of
+from trainers.model_source import is_model, noted_run, open_model, pinned
 from trainers.recipe import Recipe
 
 T = TypeVar("T")
@@ -313,6 +313,7 @@ def workers_of(num_workers: int, device: str | None) -> Iterator[tuple[Callable[
     device that it runs on, which on a cluster need not be this machine's."""
 
     def here(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
+        on_progress(what, 0, len(shares))
         worker = make_worker()
         for done, share in enumerate(shares, start=1):
             yield worker(share)
@@ -325,6 +326,7 @@ def workers_of(num_workers: int, device: str | None) -> Iterator[tuple[Callable[
     from cluster import runtime  # takes seconds to import, and one process needs none of it
 
     def by_actors(what: str, make_worker: MakeWorker, shares: Sequence[T], on_progress: OnProgress) -> Iterator[R]:
+        on_progress(what, 0, len(shares))
         return runtime.map_actors(
             make_worker,
             shares,

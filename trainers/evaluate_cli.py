@@ -2,14 +2,14 @@
 
 import re
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
 from cluster.progress import progress_lines
+from cluster.terminal import command_line, console, plain, say_starting
 from trainers.evaluation_options import (
     BatchSize,
     Cache,
@@ -26,11 +26,14 @@ from trainers.evaluation_options import (
     Splits,
     TrueCFGScale,
     Workers,
+    check_asked,
+    check_model,
     request_of,
 )
-from trainers.fidelity.evaluation import REPORT, Evaluation, Measure
 
-console = Console(highlight=False)
+if TYPE_CHECKING:
+    from trainers.fidelity.evaluation import Evaluation, Measure
+
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
@@ -61,14 +64,18 @@ def evaluate(
         str | None, typer.Option(help="Folder or s3:// prefix; one that was cut off goes on. Default: evaluations/…")
     ] = None,
     cache: Cache = None,
-    record: Annotated[bool, typer.Option(help="Record it in MLflow, below the run that trained the model.")] = True,
+    no_record: Annotated[bool, typer.Option("--no-record", help="Leave it out of MLflow.")] = False,
 ) -> None:
     """Judge a model beside real images: fidelity, alignment, diversity, copies; with a page to look at.
 
     medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 128 --guidance-scale 3.5
     """
+    check_asked(data, extractor)
+    check_model(model, may_be_images=True)
+    say_starting("PyTorch and the model")
     from trainers.evaluate import evaluate as judge
     from trainers.evaluate import record_evaluation
+    from trainers.fidelity.evaluation import REPORT
 
     place = out or f"evaluations/{name_for(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     request = request_of(
@@ -86,7 +93,8 @@ def evaluate(
         sampler=sampler,
         precision=precision,
     )
-    console.print(f"Evaluation in [bold]{place}[/]; cut off, it goes on with --out {place}", soft_wrap=True)
+    again = command_line(["--out", place])
+    console.print(f"Evaluation in [bold]{plain(place)}[/]; cut off, it goes on with {plain(again)}", soft_wrap=True)
     with progress_lines(console) as on_progress:
         evaluation = judge(
             model,
@@ -98,10 +106,10 @@ def evaluate(
             on_progress=on_progress,
         )
     console.print(table_of(evaluation))
-    console.print(f"The page for people: {storage.join(place, REPORT)}", soft_wrap=True)
-    if record:
+    console.print(f"The page for people: {plain(storage.join(place, REPORT))}", soft_wrap=True)
+    if not no_record:
         tracker = record_evaluation(evaluation, place)
-        console.print(f"MLflow: {tracker.ui_command()}", soft_wrap=True)
+        console.print(f"MLflow: {plain(tracker.ui_command())}", soft_wrap=True)
 
 
 def name_for(model: str) -> str:
@@ -109,16 +117,16 @@ def name_for(model: str) -> str:
     return re.sub(r"[^\w.]+", "-", model.removeprefix("models:/").removeprefix("runs:/").rstrip("/")).strip("-")[-60:]
 
 
-def table_of(evaluation: Evaluation) -> Table:
+def table_of(evaluation: "Evaluation") -> Table:
     """The figures, with their intervals."""
     drawn, real = len(evaluation.samples), evaluation.reference.num_images
-    table = Table(title=f"{evaluation.model.name}: {drawn} images beside {real} real ones", title_justify="left")
+    table = Table(title=f"{plain(evaluation.model.name)}: {drawn} images beside {real} real ones", title_justify="left")
     for column in ("measure", "", "value", "95 % interval"):
         table.add_column(column, justify="left" if column in ("measure", "") else "right")
     for name, measure in evaluation.measures.items():
-        table.add_row(name, ARROWS[measure.better], f"{measure.value:.4g}", _interval(measure))
+        table.add_row(plain(name), ARROWS[measure.better], f"{measure.value:.4g}", _interval(measure))
     return table
 
 
-def _interval(measure: Measure) -> str:
+def _interval(measure: "Measure") -> str:
     return "{:.4g} to {:.4g}".format(*measure.interval) if measure.interval else ""

@@ -5,33 +5,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.terminal import ask
+
 if TYPE_CHECKING:  # help need not wait for what an evaluation imports
     from trainers.evaluate import Request
 
 Splits = Annotated[
     list[str] | None,
-    typer.Option(help="Whose captions and images to compare with; may be given several times. Default: all but train."),
+    typer.Option(
+        metavar="NAME",
+        help="Whose captions and images to compare with; may be given several times. Default: all but train.",
+    ),
 ]
-NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw.")]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")]
+NumSamples = Annotated[int, typer.Option(min=16, metavar="N", help="Images to draw.")]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, metavar="N", help="Diversity is measured among those.")]
 Extractors = Annotated[
     list[str] | None,
     typer.Option(
+        metavar="KIND",
         help="What turns images into features, KIND or KIND:WEIGHTS; may be given several times, the first decides "
         "on copies. Kinds: inception, clip, biomedclip, dinov2, rad-dino, radimagenet, transformers, random-vgg. "
-        "Default: random-vgg, which needs no weights."
+        "Default: random-vgg, which needs no weights.",
     ),
 ]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")]
-TrueCFGScale = Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")]
-NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, metavar="N", help="Default: the model's own.")]
+TrueCFGScale = Annotated[float | None, typer.Option(min=1, metavar="N", help="FLUX. Default: the model's own.")]
+NumInferenceSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the model's own.")]
 Sampler = Annotated[
     str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
 ]
 Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
-Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="The same seed draws the same images of the same prompts.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at a time.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of images.")
@@ -39,6 +45,29 @@ Compile = Annotated[
 Cache = Annotated[
     str | None, typer.Option(help="Where features of real images are kept. Default: features/ beside the evaluation.")
 ]
+
+
+def check_model(uri: str, *, may_be_images: bool = False) -> None:
+    """Raise UserError, before PyTorch is imported, if there is no such model."""
+    from trainers.model_source import check_name
+
+    check_name(uri, may_be_images=may_be_images)
+    ask(uri)
+    if uri.startswith("models:/"):
+        from cluster.registry import RegisteredModel
+
+        RegisteredModel.of(uri)
+
+
+def check_asked(data: str, extractors: Sequence[str] | None) -> None:
+    """Raise UserError, before PyTorch is imported, for shards that are not there and for an unknown extractor."""
+    from data_shards.manifest import Manifest
+    from trainers.fidelity.extractor_uris import kind_of
+
+    for uri in extractors or ():
+        kind_of(uri)
+    ask(data)
+    Manifest.load(data)
 
 
 def request_of(

@@ -7,7 +7,6 @@ from typing import Literal
 from cluster import storage
 from cluster.errors import UserError
 from trainers.checkpoint_folders import complete_checkpoints
-from trainers.flux.export import export_pipeline
 from trainers.recipe import FluxRecipe, load_recipe
 
 
@@ -27,6 +26,8 @@ def export_checkpoint(run: str, out: Path, *, step: int | None, weights: Literal
         there = ", ".join(str(number) for number in sorted(steps)) or "none"
         raise UserError(f"{run} has no checkpoint of step {step if step is not None else ''}: there are {there}")
     chosen = max(steps) if step is None else step
+    from trainers.flux.export import export_pipeline  # after all that can be refused without torch
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         storage.local_folder(storage.join(stage, steps[chosen])) as checkpoint,

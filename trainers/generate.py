@@ -15,19 +15,17 @@ from transformers.utils import logging as transformers_logging
 from cluster import storage
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
+from cluster.progress import OnProgress
 from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
-from trainers.model_source import NO_SAMPLING, open_model
+from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
 
-RECIPE = "recipe.yaml"
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
 PIPELINE_FILES = ("model_index.json", "*/*")
-ADAPTERS = "pytorch_lora_weights.safetensors"
-INDEX = "model_index.json"
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
 FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
@@ -79,18 +77,33 @@ class Model:
     which takes a batch's time, where another shape would take a compilation's."""
 
     def draw(
-        self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
+        self,
+        prompts: Sequence[str],
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        settings: Mapping[str, Any],
+        on_step: Callable[[], None] = lambda: None,
     ) -> list[Image.Image]:
-        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
+        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i.
+
+        `on_step` is called after each sampling step.
+        """
         arguments = self.drawing.arguments(settings)
         if self.drawing.family == "flux":
             del arguments["sampler"]  # it has one alone
         filled = _filled(prompts, self.compiled_for)
         seeds = _filled([derive_seed(seed, "generate", number) for number in numbers], self.compiled_for)
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return {}
+
         images: list[Image.Image] = self.pipeline(
             filled,
             **arguments | {"negative_prompt": [arguments["negative_prompt"]] * len(filled)},
             generator=[torch.Generator().manual_seed(one) for one in seeds],
+            callback_on_step_end=after_step,
         ).images
         return images[: len(prompts)]
 
@@ -135,11 +148,6 @@ def load_pipeline(
     return Model(pipeline.to(device), drawing)
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a pipeline, or adapters with the recipe that names theirs."""
-    return (folder / INDEX).is_file() or ((folder / ADAPTERS).is_file() and (folder / RECIPE).is_file())
-
-
 def drawing_of(folder: Path, *, name: str, sampling: Mapping[str, Any] = NO_SAMPLING) -> Drawing:
     """How the model in a local folder draws; `sampling` takes the place of its own defaults.
 
@@ -151,7 +159,7 @@ def drawing_of(folder: Path, *, name: str, sampling: Mapping[str, Any] = NO_SAMP
 
 def _own_drawing(folder: Path, name: str) -> Drawing:
     if not is_model(folder):
-        raise UserError(f"{name} holds no diffusers pipeline: {INDEX} is not there")
+        raise UserError(no_model(name))
     if (folder / ADAPTERS).is_file():
         with parsing(f"the model {name}"):
             return _flux_drawing(_recipe(folder))
@@ -181,7 +189,7 @@ def generate(
     device: str | None,
     settings: Mapping[str, Any],
     compile: bool = False,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
 
@@ -191,21 +199,25 @@ def generate(
 
     Raises UserError if nothing can be written to `out`, or the model does not know a setting.
     """
-    try:
-        storage.check_writable(str(out))
-    except storage.StorageError as error:
-        raise UserError(f"{error}; choose another --out") from None
+    storage.check_writable(str(out))
     model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
-    about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
+    arguments = model.drawing.arguments(settings)
+    about = about_pictures(model_uri, prompt, seed, arguments)
+    steps_done, steps = 0, -(-num_images // batch_size) * arguments["num_inference_steps"]
+
+    def note_step() -> None:
+        nonlocal steps_done
+        steps_done += 1
+        on_progress("drawing, in sampling steps", steps_done, steps)
+
+    on_progress("drawing, in sampling steps", 0, steps)
     written: list[Path] = []
     for start in range(0, num_images, batch_size):
         numbers = range(start, min(start + batch_size, num_images))
-        for number, image in zip(
-            numbers, model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings), strict=True
-        ):
+        drawn = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings, on_step=note_step)
+        for number, image in zip(numbers, drawn, strict=True):
             written.append(out / f"{number:04d}.png")
             written[-1].write_bytes(png(image, about | {"number": str(number)}))
-        on_progress(len(written))
     return written
 
 

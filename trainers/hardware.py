@@ -3,10 +3,12 @@
 import math
 import time
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from cluster.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:  # whoever only looks up a GPU need not wait for it
+    import torch
 
 GIB = 2**30
 
@@ -69,6 +71,8 @@ def gpu_of_type(accelerator_type: str | None) -> Gpu | None:
 
 def gpu_here() -> Gpu | None:
     """This machine's first GPU with the memory it really has, or None if it has none."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -78,17 +82,20 @@ def gpu_here() -> Gpu | None:
     return replace(like, product=properties.name, memory_bytes=properties.total_memory)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: "torch.device", dtype: "torch.dtype") -> float:
     """What a device can do at most, in FLOP/s: a GPU by its data sheet in bf16, as utilisation is published; a CPU, and
     a GPU that is not known, by the product of two large matrices in `dtype`, measured."""
+    import torch
+
     if device.type == "cuda" and (gpu := gpu_here()) and gpu.name in torch.cuda.get_device_name(device).lower():
         return gpu.peak_flops
     return matmul_flops(device, dtype, side=1024 if device.type == "cpu" else 8192)
 
 
-@torch.no_grad()
-def matmul_flops(device: torch.device, dtype: torch.dtype, *, side: int) -> float:
+def matmul_flops(device: "torch.device", dtype: "torch.dtype", *, side: int) -> float:
     """FLOP/s of the product of two matrices [side, side], the fastest of a few."""
+    import torch
+
     # Of noise: a GPU is limited by its power, of which equal numbers take less. An A100 does 257 TFLOP/s of noise, of
     # zeros 295 (thonking.ai/p/strangely-matrix-multiplications). Some in a row, so that starting them is hidden.
     generator = torch.Generator(device).manual_seed(0)

@@ -91,6 +91,7 @@ def train_recipe(
     *,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
+    on_starting: Callable[[str], None] = lambda what: None,
     stages: Sequence[str] | None = None,
     start_from: str | None = None,
     tags: Mapping[str, str] | None = None,
@@ -102,6 +103,7 @@ def train_recipe(
 
     Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
     was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
+    `on_starting` is told of what takes seconds, or minutes on a busy machine, before it tells of itself.
     """
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
@@ -112,6 +114,7 @@ def train_recipe(
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
     num_processes = cluster.min_workers + (fidelity is not None)
+    on_starting("Ray")
     with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
         runtime.check_capacity(
             num_workers=cluster.min_workers,
@@ -133,9 +136,12 @@ def train_recipe(
                 if not run.has_model(stage):
                     family.prepare(recipe, stage, run, on_preparing)
                     begin = start_from if stage == trained[-1] else None
+                    training = family.training_of(recipe, stage)
+                    on_starting(f"{stage}: the first report comes at step {training.log_every_steps}")
                     _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
+            on_starting("export and registration")
             model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):

@@ -11,7 +11,7 @@ from typing import Any
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
-from cluster.registry import RegisteredModel, model_folder
+from cluster.model_uri import parse_model_uri
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
 from trainers.families import family_of
 from trainers.recipe import load_recipe
@@ -21,6 +21,9 @@ SAMPLING_TAG = "sampling."
 SAMPLING_TYPES = {"guidance_scale": float, "true_cfg_scale": float, "num_inference_steps": int, "sampler": str}
 """What the tags sampling.NAME of a registered version may say of how it is drawn, in place of what its model says."""
 NO_SAMPLING: Mapping[str, Any] = MappingProxyType({})
+INDEX = "model_index.json"
+ADAPTERS = "pytorch_lora_weights.safetensors"
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,32 @@ class ModelSource:
     """Settings that its registered version is drawn with, where they are not the model's own."""
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, or adapters with the recipe that names theirs."""
+    return (folder / INDEX).is_file() or ((folder / ADAPTERS).is_file() and (folder / RECIPE).is_file())
+
+
+def no_model(name: str) -> str:
+    """What is wrong with a folder where `is_model` is false."""
+    return f"{name} holds no diffusers pipeline: {INDEX} is not there"
+
+
+def check_name(uri: str, *, may_be_images: bool = False) -> None:
+    """Raise UserError for what `open_model` would not find, as far as that is known without MLflow and PyTorch."""
+    if uri.startswith("models:/"):
+        parse_model_uri(uri)
+    elif not uri.startswith("runs:/") and not storage.is_remote(uri):
+        with storage.local_folder(uri.rstrip("/")) as folder:
+            is_of_run = (folder / "run.json").is_file() or CHECKPOINT.fullmatch(folder.name)
+            if not (may_be_images or is_of_run or is_model(folder)):
+                raise UserError(no_model(uri))
+
+
 def pinned(uri: str) -> str:
     """The same model by a name that will not come to mean another: an alias or `latest` as its version; absolute."""
     if uri.startswith("models:/"):
+        from cluster.registry import RegisteredModel
+
         model, version = RegisteredModel.of(uri)
         return f"models:/{model.name}/{version.number}"
     return uri if uri.startswith("runs:/") else storage.absolute(uri)
@@ -53,6 +79,9 @@ def open_model(uri: str) -> Iterator[ModelSource]:
     Raises UserError if there is no such model.
     """
     if uri.startswith(("models:/", "runs:/")):
+        # With it comes MLflow, which takes seconds to import: a folder needs none.
+        from cluster.registry import RegisteredModel, model_folder
+
         if uri.startswith("models:/"):
             model, version = RegisteredModel.of(uri)
             name, run_id = f"{model.name} {version.number}", version.run_id

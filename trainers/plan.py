@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.errors import UserError
 from cluster.nodes import Node
+from cluster.terminal import plain
 from trainers.estimates import (
     ACHIEVED_SHARE,
     HOST_BYTES_PER_PROCESS,
@@ -296,7 +297,7 @@ def render(plan: Plan, console: Console) -> None:
     """Print the plan: memory by part, the verdict and what would help, time and money."""
     settings, training = plan.recipe.transformer, plan.recipe.transformer.training
     counted = plan.footprint
-    table = Table(title=f"{plan.recipe.name} on {plan.num_gpus} x {plan.gpu.product}: memory of one GPU in GiB")
+    table = Table(title=f"{plain(plan.recipe.name)} on {plan.num_gpus} x {plan.gpu.product}: memory of one GPU in GiB")
     table.add_column("", no_wrap=True)
     table.add_column("forward and backward", justify="right")
     table.add_column("optimizer step", justify="right")
@@ -313,10 +314,8 @@ def render(plan: Plan, console: Console) -> None:
     else:
         console.print(f"[bold red]Does not fit[/]: {of}" + (". It would with one of:" if plan.remedies else ""))
         for change in plan.remedies:
-            console.print(
-                f"  {change.command}  ({change.gpu_bytes / GIB:.1f} GiB, {change.images_per_second:.1f} images/s)",
-                soft_wrap=True,
-            )
+            figures = f"{change.gpu_bytes / GIB:.1f} GiB, {change.images_per_second:.1f} images/s"
+            console.print(f"  {plain(change.command)}  ({figures})", soft_wrap=True)
         if not plan.remedies:
             console.print("Neither one change nor two of those that medsynth knows make it fit.")
 
@@ -335,4 +334,4 @@ def render(plan: Plan, console: Console) -> None:
         f"{plan.gpu.network / 1e9:g} to others, nothing hidden; validation, previews and checkpoints come on top",
         *((plan.note,) if plan.note else ()),
     ):
-        console.print(line, soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)

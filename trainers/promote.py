@@ -13,10 +13,8 @@ from typing import Protocol
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from cluster import storage
-from cluster.documents import read_yaml
 from cluster.errors import UserError
 from cluster.evaluations import KIND
 from cluster.promotion import (
@@ -155,19 +153,6 @@ def rollback(uri: str) -> tuple[int, int]:
     audit.log_text(json.dumps(document, indent=1), "decision.json")
     audit.finish("FINISHED")
     return champion, previous
-
-
-def load_gates(uri: str | None) -> Gates:
-    """Gates from a YAML file or s3:// URI; the defaults, if None. Raises UserError that names the key at fault."""
-    if uri is None:
-        return Gates()
-    document = read_yaml(uri)
-    try:
-        return Gates.model_validate({} if document is None else document)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{uri}: {key}: {problem['msg']}; recipes/gates/default.yaml has every key") from None
 
 
 def _check_data(name: str, candidate: Version, shards: str) -> None:

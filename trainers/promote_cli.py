@@ -1,16 +1,15 @@
 """The command `medsynth promote`."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
-from cluster.promotion import PromotionDecision
+from cluster.terminal import command_line, console, plain, say_starting
 from trainers.evaluation_options import (
     BatchSize,
     Cache,
@@ -27,10 +26,14 @@ from trainers.evaluation_options import (
     Splits,
     TrueCFGScale,
     Workers,
+    check_asked,
+    check_model,
     request_of,
 )
 
-console = Console(highlight=False)
+if TYPE_CHECKING:
+    from cluster.promotion import PromotionDecision
+
 REFUSED = 3
 """Exit code of a promotion that the gates refuse."""
 
@@ -79,12 +82,18 @@ def promote(
     if data is None:
         raise UserError("give --data SHARDS, the shards that the candidate was trained on")
 
+    from trainers.gates import load_gates
+
+    limits = load_gates(gates)
+    check_asked(data, extractor)
+    check_model(model)
+    say_starting("PyTorch and MLflow")
     from trainers.evaluate import evaluate
     from trainers.fidelity.bootstrap import paired_difference
     from trainers.fidelity.evaluation import Evaluation
     from trainers.fidelity.extractors import kept_extractor
     from trainers.fidelity.features import reference_features
-    from trainers.promote import Features, load_gates
+    from trainers.promote import Features
     from trainers.promote import promote as decide_and_act
 
     place = out or f"promotions/{datetime.now():%Y%m%d-%H%M%S}"
@@ -115,11 +124,12 @@ def promote(
             cache=features,
         ).features
 
-    console.print(f"Evaluations in [bold]{place}[/]; to go on with them: --out {place}", soft_wrap=True)
+    again = command_line(["--out", place])
+    console.print(f"Evaluations in [bold]{plain(place)}[/]; to go on with them: {plain(again)}", soft_wrap=True)
     with progress_lines(console) as on_progress:
 
         def judge(model_uri: str, folder: str) -> Evaluation:
-            console.print(f"Evaluating {model_uri}")
+            console.print(f"Evaluating {plain(model_uri)}", soft_wrap=True)
             return evaluate(
                 model_uri,
                 request,
@@ -134,7 +144,7 @@ def promote(
             model,
             data,
             place,
-            gates=load_gates(gates),
+            gates=limits,
             evaluate=judge,
             real_features=real_features,
             paired_difference=paired_difference,
@@ -142,27 +152,27 @@ def promote(
             dry_run=dry_run,
         )
     rival = "no champion yet" if outcome.champion is None else f"champion {outcome.champion}"
-    console.print(table_of(outcome.decision, title=f"{outcome.name}: candidate {outcome.candidate}, {rival}"))
+    console.print(table_of(outcome.decision, title=f"{plain(outcome.name)}: candidate {outcome.candidate}, {rival}"))
     accepted = outcome.decision.accepted
     done = {
-        (True, True): f"models:/{outcome.name}@champion is now version {outcome.candidate}.",
+        (True, True): f"models:/{plain(outcome.name)}@champion is now version {outcome.candidate}.",
         (True, False): "It would become champion. Nothing was changed.",
         (False, False): "Refused. The champion stays.",
     }[accepted, outcome.moved]
-    console.print(done, style="green" if accepted else "red")
+    console.print(done, style="green" if accepted else "red", soft_wrap=True)
     if outcome.audit_run:
         console.print(f"Recorded in MLflow run {outcome.audit_run} and in the version's tags.")
     if not accepted:
         raise typer.Exit(REFUSED)
 
 
-def table_of(decision: PromotionDecision, *, title: str) -> Table:
+def table_of(decision: "PromotionDecision", *, title: str) -> Table:
     """Every gate, whether it was passed, and why."""
     table = Table(title=title, title_justify="left")
     for column in ("gate", "passed", "why"):
         table.add_column(column, overflow="fold")
     for check in decision.checks:
-        table.add_row(check.gate, "[green]yes[/]" if check.passed else "[red]no[/]", check.reason)
+        table.add_row(plain(check.gate), "[green]yes[/]" if check.passed else "[red]no[/]", plain(check.reason))
     return table
 
 
@@ -177,4 +187,4 @@ def _unlock(uri: str) -> None:
     from cluster.registry import RegisteredModel
 
     model, _ = RegisteredModel.of(uri)
-    console.print("Unlocked." if model.unlock() else f"'{model.name}' was not locked.")
+    console.print("Unlocked." if model.unlock() else f"'{plain(model.name)}' was not locked.")

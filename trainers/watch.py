@@ -9,42 +9,45 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-from cluster.progress import PlainLines
+from cluster.progress import PlainLines, TimeLeft
+from cluster.terminal import command_line, plain
+from trainers.families import family_of
 
 if TYPE_CHECKING:
     from trainers.launch import Progress, TrainedRun
+    from trainers.recipe import Recipe
 
 SHOWN = {"loss": ".4f", "validation_loss": ".4f", "images_per_second": ".1f", "mfu": ".0%", "grad_norm": ".2f"}
+WHOLE, STARTING = "all stages", "starting"
+
+
+def work_of(recipe: "Recipe") -> dict[str, float]:
+    """How many images each stage trains on: about what it takes, until its own speed is known."""
+    family = family_of(recipe)
+    training = {stage: family.training_of(recipe, stage) for stage in family.STAGES}
+    return {stage: float(asked.steps * asked.global_batch_size) for stage, asked in training.items()}
 
 
 class Watch:
     """Shows the reports of a run as they come."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, time_left: TimeLeft | None = None) -> None:
         self._console = console
+        self._time_left = time_left
         self._bars = Bars(
             TextColumn("{task.description:>16}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[done]}"),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._figures: dict[str, str] = {}
         self._lines = PlainLines()
         self._started = time.monotonic()
         self._is_recorded = True
@@ -67,39 +70,67 @@ class Watch:
                 else "MLflow does not answer; the training goes on, and its reports wait in the run's folder."
             )
         figures = _figures(progress.metrics)
+        left = ""
+        if self._time_left is not None:
+            self._time_left.update(progress.stage, progress.step / max(progress.steps, 1), time.monotonic())
+            left = str(self._time_left)
         if not self._console.is_terminal:
             is_due = progress.is_preparation and self._lines.is_due(progress.stage, progress.step, progress.steps)
             if not figures and not is_due:
                 return
-            elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self._started))
-            self.say(f"{elapsed} {progress.stage} {progress.step}/{progress.steps} {figures}".rstrip())
+            told = f"{progress.stage} {progress.step}/{progress.steps} {figures}".rstrip()
+            self._say_when(f"{told}  ({left})" if left and not progress.is_preparation else told)
             return
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bars.add_task(progress.stage, total=progress.steps, figures="")
-        shown = figures or self._bars.tasks[self._tasks[progress.stage]].fields["figures"]
-        self._bars.update(self._tasks[progress.stage], completed=progress.step, figures=shown)
+        self._end_starting()
+        self._bar(progress.stage, progress.step, progress.steps, f"{progress.step}/{progress.steps}", figures)
+        if self._time_left is not None:
+            self._bar(WHOLE, int(1000 * self._time_left.share), 1000, left, "")
+
+    def say_starting(self, what: str) -> None:
+        """It takes its time before it tells of itself."""
+        if not self._console.is_terminal:
+            self._say_when(f"Starting: {what}")
+            return
+        self._end_starting()
+        self._tasks[STARTING] = self._bars.add_task(STARTING, total=None, done=plain(what), figures="")
+
+    def _end_starting(self) -> None:
+        if STARTING in self._tasks:
+            self._bars.remove_task(self._tasks.pop(STARTING))
+
+    def _bar(self, name: str, completed: int, total: int, done: str, figures: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, done="", figures="")
+        self._figures[name] = figures or self._figures.get(name, "")  # the last ones stay until there are others
+        self._bars.update(self._tasks[name], completed=completed, done=done, figures=self._figures[name])
+
+    def _say_when(self, line: str) -> None:
+        self.say(f"{time.strftime('%H:%M:%S', time.gmtime(time.monotonic() - self._started))} {line}")
 
     def say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(plain(line), soft_wrap=True)
 
     def say_stopping(self) -> None:
         self.say("Stopping: saving the state. Ctrl-C again to give up on it.")
 
 
 @contextmanager
-def watching(console: Console, command: str) -> Iterator[Watch]:
-    """Show a run that trains inside the block; if it is interrupted, say that `command` goes on with it, and exit."""
+def watching(console: Console, command: str, time_left: TimeLeft | None = None) -> Iterator[Watch]:
+    """Show a run that trains inside the block, with `time_left` of all its stages, if it is given.
+
+    If the run is interrupted, say that `command` goes on with it, and exit.
+    """
     from trainers.launch import RunStopped
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
     try:
-        with Watch(console) as watch:
+        with Watch(console, time_left) as watch:
             yield watch
     except RunStopped:
-        console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped and saved. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        console.print(f"Stopped at once; what was finished is kept. To go on: {command}", soft_wrap=True)
+        console.print(f"Stopped at once; what was finished is kept. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -108,18 +139,19 @@ def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     table = Table(title="Result", show_header=False, title_justify="left")
     for stage in trained.stages:
         values = {name.removeprefix(f"{stage}/"): v for name, v in trained.metrics.items() if name.startswith(stage)}
-        table.add_row(stage, _figures(values))
+        table.add_row(plain(stage), _figures(values))
     if fidelity := {name: value for name, value in trained.metrics.items() if name.startswith("fidelity/")}:
         figures = (f"{name.removeprefix('fidelity/').replace('_', ' ')} {fidelity[name]:.4g}" for name in fidelity)
         table.add_row("fidelity", "  ".join(figures))
-    table.add_row("model", trained.model_uri)
-    table.add_row("pictures", f"{trained.folder.uri}/pictures")
-    table.add_row("MLflow", trained.tracker.ui_command())
     console.print(table)
+    # Not in the table, which would cut them where a log has 80 columns.
+    where = {"Model": trained.model_uri, "Pictures": f"{trained.folder.uri}/pictures"}
+    for what, place in (where | {"MLflow": trained.tracker.ui_command()}).items():
+        console.print(f"{what}: {plain(place)}", soft_wrap=True)
     for what, reason in trained.failures.items():
-        console.print(f"[yellow]Failed: {what}: {escape(reason)}[/]", soft_wrap=True)
-    command = f'medsynth generate --model {trained.model_uri} --prompt "{prompt}" --num-images 8 --seed 0 --out samples'
-    console.print(f"Draw from it: {command}", soft_wrap=True)
+        console.print(f"[yellow]Failed: {plain(what)}: {plain(reason)}[/]", soft_wrap=True)
+    asked = ["--model", trained.model_uri, "--prompt", prompt, "--num-images", 8, "--seed", 0, "--out", "samples"]
+    console.print(f"Draw from it: {plain(command_line(['medsynth', 'generate', *asked]))}", soft_wrap=True)
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

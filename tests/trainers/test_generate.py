@@ -92,5 +92,21 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_folder_in_which_nothing_can_be_written_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file in the way")
-    with pytest.raises(UserError, match="choose another --out"):
+    with pytest.raises(UserError, match="cannot write"):
         draw("models:/none/1", tmp_path / "out")
+
+
+def test_progress_is_told_after_each_sampling_step(model: str, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    generate(
+        model,
+        "a polyp",
+        tmp_path / "out",
+        num_images=3,
+        batch_size=2,
+        seed=0,
+        settings={"num_inference_steps": 2},
+        device="cpu",
+        on_progress=lambda *news: told.append(news),
+    )
+    assert [(done, total) for _, done, total in told] == [(done, 4) for done in range(5)]

@@ -1,5 +1,6 @@
 """The study's recipes: the published size at full depth, and real training steps at reduced depth."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+WORD = re.compile(r"[\w-]+")
 NAMES = ["msdm-medvqa-gi", "msdm-rocov2"]
 
 # Fewer layers, narrower ones and small batches; resolution, latents and noise stay the study's, and so does precision
@@ -53,6 +55,14 @@ def source_shards(request: pytest.FixtureRequest, small_source: Path, tmp_path: 
     settings = Settings(name="source", splits={"train": 0.8, "validation": 0.2}, samples_per_shard=10)
     write_shards(records, str(tmp_path / "shards"), settings, source={})
     return str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "msdm-rocov2"])
+def test_preview_prompts_are_of_the_challenge_s_words(name: str) -> None:
+    """A word that no caption has says nothing of how well the model learned."""
+    captions = (DATA / "colonoscopy" / "prompt-gt.csv").read_text()
+    prompts = load_recipe(str(RECIPES / f"{name}.yaml")).sampling.prompts
+    assert set(WORD.findall(" ".join(prompts))) <= set(WORD.findall(captions))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,5 +106,5 @@ def test_it_trains_and_draws_at_reduced_depth(
 
     export_pipeline(recipe, Path(run.model("vae")), denoiser.checkpoints[2], tmp_path / "model")
     pipeline = MSDMPipeline.from_pretrained(tmp_path / "model")
-    assert pipeline.config.default_guidance_scale == 3.5
+    assert pipeline.config.default_guidance_scale == 4.5
     assert pipeline.scheduler.config.num_train_timesteps == 1000

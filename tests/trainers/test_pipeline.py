@@ -80,7 +80,7 @@ def test_without_options_it_draws_what_it_always_drew(pipeline: MSDMPipeline, sa
         for timestep in scheduler.timesteps:
             both = pipeline.unet(torch.cat([latents, latents]), timestep, embeds, encoder_attention_mask=mask).sample
             unconditional, conditional = both.chunk(2)
-            guided = unconditional + 3.5 * (conditional - unconditional)
+            guided = unconditional + 4.5 * (conditional - unconditional)
             latents = scheduler.step(guided, timestep, latents, **noise).prev_sample
         expected = (decode_latents(pipeline.vae, latents) / 2 + 0.5).clamp(0, 1)
     assert torch.equal(drawn, expected)

@@ -36,7 +36,8 @@ from trainers.fidelity.evaluation import (
     Reference,
     SampleRecord,
 )
-from trainers.promote import Features, PromotionOutcome, load_gates, promote, rollback
+from trainers.gates import load_gates
+from trainers.promote import Features, PromotionOutcome, promote, rollback
 
 NUM_SAMPLES, DIM, NUM_REAL = 6, 4, 9
 NAME = "model"

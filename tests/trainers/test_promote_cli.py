@@ -22,7 +22,7 @@ def command(*arguments: str) -> Result:
     ("arguments", "said"),
     [
         (["models:/tiny/1"], "give --data SHARDS"),
-        (["models:/tiny/7", "--data", "x"], "no model 'tiny' is registered"),
+        (["models:/tiny/7", "--data", "x"], "no shards at x"),
         (["models:/tiny/1", "--rollback"], "no model 'tiny' is registered"),
         (["models:/tiny/1", "--unlock"], "no model 'tiny' is registered"),
         (["models:/tiny/1", "--data", "x", "--gates", "none.yaml"], "none.yaml: it is not there"),

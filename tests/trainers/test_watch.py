@@ -1,12 +1,15 @@
 """What a person sees of a run."""
 
 import io
+import re
 import signal
+import time
 
 import pytest
 import typer
 from rich.console import Console
 
+from cluster.progress import TimeLeft
 from cluster.tracking import Tracker
 from trainers.launch import Progress, RunStopped, TrainedRun
 from trainers.run_folder import RunFolder
@@ -48,6 +51,46 @@ def test_a_terminal_gets_a_bar_that_keeps_the_last_figures() -> None:
             watch.show(report)
     last = [line for line in out.getvalue().splitlines() if "100/100" in line][-1]
     assert "validation loss 0.2500" in last
+
+
+def test_a_run_of_two_stages_tells_its_share_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Watch(Console(file=out), TimeLeft({"vae": 100.0, "denoiser": 300.0})) as watch:
+        for second, stage, step in ((50, "vae", 50), (75, "vae", 100), (200, "denoiser", 50), (350, "denoiser", 100)):
+            now[0] = second
+            watch.show(Progress(stage, step, 100 if stage == "vae" else 150, {"loss": 1.0}))
+    told = [line.rpartition("(")[2].rstrip(")") for line in out.getvalue().splitlines()]
+    assert told == [
+        "12% of all",  # the seconds before the first report were of starting: they are no speed
+        "25% of all, 0:02:30 left",  # 50 of 100 in 25 s, so 300 in 150 s
+        "50% of all, 0:01:40 left",  # a stage's own speed is known from its second report on
+        "75% of all, 0:02:30 left",  # the other half of that stage took 150 s
+    ]
+
+
+def test_a_resumed_run_counts_what_was_done_as_done_but_not_as_speed() -> None:
+    left = TimeLeft({"vae": 100.0, "denoiser": 100.0})
+    left.update("denoiser", 0.5, 1000.0)
+    assert str(left) == "75% of all"
+    left.update("encoding images", 0.1, 1005.0)
+    left.update("denoiser", 0.6, 1010.0)
+    assert str(left) == "80% of all, 0:00:40 left"
+
+
+def test_what_starts_is_named_before_it_reports() -> None:
+    out = io.StringIO()
+    with Watch(Console(file=out)) as watch:
+        watch.say_starting("Ray")
+    assert out.getvalue() == "00:00:00 Starting: Ray\n"
+    out = io.StringIO()
+    with Watch(Console(file=out, force_terminal=True, width=120), TimeLeft({"vae": 1.0})) as watch:
+        watch.say_starting("Ray")
+        watch.say_starting("vae")
+        watch.show(REPORTS[0])
+    stage, whole = [line for line in out.getvalue().splitlines() if "━" in line][-2:]
+    assert re.search("vae.* 50/100 +loss 0.5100", stage)
+    assert re.search("all stages.* 50% of all", whole)
 
 
 def test_the_summary_has_the_last_fidelity_and_what_failed() -> None:

@@ -6,20 +6,23 @@ A module is read only when its family is trained: MSDM does not need DeepSpeed.
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from cluster.nodes import Node
 from cluster.progress import OnProgress
-from data_shards import Manifest, ShardStream
-from data_shards.block_cache import BlockCache
+from data_shards import Manifest
 from data_shards.manifest import check_present
-from trainers.engines import Engine
 from trainers.recipe import Recipe, Training
 from trainers.recipe.blocks import Cache
 from trainers.run_folder import RunFolder
-from trainers.stage import Stage
+
+if TYPE_CHECKING:  # to know what a family trains, nobody need wait for torch
+    import torch
+
+    from data_shards import ShardStream
+    from data_shards.block_cache import BlockCache
+    from trainers.engines import Engine
+    from trainers.stage import Stage
 
 
 class Family(Protocol):
@@ -46,11 +49,11 @@ class Family(Protocol):
 
     def open_stream(
         self, recipe: Any, stage: str, run: RunFolder, split: str, *, rank: int = 0, world_size: int = 1
-    ) -> ShardStream:
+    ) -> "ShardStream":
         """What a stage reads."""
         ...
 
-    def build(self, recipe: Any, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+    def build(self, recipe: Any, stage: str, run: RunFolder, device: "torch.device") -> "tuple[Stage, Engine]":
         """A stage and the engine that trains it, on this rank of the default process group."""
         ...
 
@@ -59,22 +62,33 @@ class Family(Protocol):
         ...
 
 
+def check_shards(recipe: Recipe) -> None:
+    """Raises UserError if the data is not there: a part of what `check` finds, but without a family's imports."""
+    manifest = Manifest.load(recipe.data.shards)
+    if recipe.family == "msdm":  # FLUX reads the precomputed set alone
+        check_splits(recipe.data.shards, manifest)
+
+
 def check_splits(shards_uri: str, manifest: Manifest) -> None:
     """Raises UserError if a shard of what training and validation read is not there."""
     for split in ("train", "validation"):
         check_present(shards_uri, manifest.split(split))
 
 
-def block_cache(cache: Cache | None) -> BlockCache | None:
+def block_cache(cache: Cache | None) -> "BlockCache | None":
     if cache is None:
         return None
+    from data_shards.block_cache import BlockCache
+
     return BlockCache(Path(cache.folder.removeprefix("file://")), int(cache.max_gigabytes * 1e9))
 
 
 def stream_from(
     shards_uri: str, recipe: Recipe, training: Training, split: str, *, rank: int, world_size: int
-) -> ShardStream:
+) -> "ShardStream":
     """A split of `shards_uri`, dealt out as `training` says; what else there is to say of data, the recipe does."""
+    from data_shards import ShardStream
+
     return ShardStream(
         shards_uri,
         split=split,

@@ -6,19 +6,23 @@ Models are imported where they are built: whoever launches a training imports th
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cluster import storage
 from cluster.errors import UserError
 from cluster.nodes import Node
 from cluster.progress import OnProgress
-from data_shards import Manifest, PromptStore, ShardStream, check_precomputed
-from trainers.engines import Engine
+from data_shards import Manifest
 from trainers.families import check_splits, stream_from
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder, finished_model
-from trainers.stage import Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_shards import ShardStream
+    from trainers.engines import Engine
+    from trainers.stage import Stage
 
 STAGES = ("vae", "denoiser")
 NUM_VAE_EXAMPLES = 8
@@ -47,7 +51,7 @@ def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: OnProgr
     """For the denoiser: the latents' moments of all images and the embeddings of all prompts, by frozen encoders."""
     if stage == "vae":
         return
-    from data_shards.precompute import precompute
+    from data_shards.precompute import check_precomputed, precompute
     from trainers.msdm.encoders import MSDMEncoders
 
     encoders, data, prompts = MSDMEncoders.of(recipe, run), recipe.data, recipe.sampling.prompts
@@ -82,13 +86,13 @@ def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: OnProgr
 
 def open_stream(
     recipe: MSDMRecipe, stage: str, run: RunFolder, split: str, *, rank: int = 0, world_size: int = 1
-) -> ShardStream:
+) -> "ShardStream":
     training = training_of(recipe, stage)
     shards = recipe.data.shards if stage == "vae" else run.precomputed
     return stream_from(shards, recipe, training, split, rank=rank, world_size=world_size)
 
 
-def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> tuple[Stage, Engine]:
+def build(recipe: MSDMRecipe, stage: str, run: RunFolder, device: "torch.device") -> "tuple[Stage, Engine]":
     from trainers.engines.ddp import DDPEngine
 
     built = _stage(recipe, stage, run, device)
@@ -107,9 +111,11 @@ def export(recipe: MSDMRecipe, stage: str, run: RunFolder, checkpoint: Path, out
             export_pipeline(recipe, vae, checkpoint, out)
 
 
-def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: torch.device) -> Stage:
+def _stage(recipe: MSDMRecipe, stage: str, run: RunFolder, device: "torch.device") -> "Stage":
+    import torch
     from diffusers import AutoencoderKL
 
+    from data_shards import PromptStore
     from trainers.msdm.stages import denoiser_stage, vae_stage
 
     if stage == "vae":

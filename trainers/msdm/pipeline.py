@@ -1,7 +1,7 @@
 """MSDM as a diffusers pipeline: prompts to pictures."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,7 +36,7 @@ class MSDMPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        default_guidance_scale: float = 3.5,
+        default_guidance_scale: float = 4.5,
         default_num_inference_steps: int = 30,
     ) -> None:
         super().__init__()
@@ -64,6 +64,7 @@ class MSDMPipeline(DiffusionPipeline):
         negative_prompt_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
     ) -> Any:
         """Draw one picture for each prompt.
 
@@ -78,6 +79,8 @@ class MSDMPipeline(DiffusionPipeline):
             prompt_embeds, prompt_mask: [B, L, D] and [B, L] as of `encode_prompts`, instead of prompts; so the negative
                 ones, of which one row serves all. With both, no text encoder is needed.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]).
+            callback_on_step_end: called as (pipeline, number of the step from 0, timestep, {}) after each step, as by
+                diffusers' own pipelines; what it returns is left alone.
         """
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         steps = num_inference_steps or self.config.default_num_inference_steps
@@ -101,7 +104,7 @@ class MSDMPipeline(DiffusionPipeline):
         step_arguments = _scheduler_arguments(scheduler, generator)
 
         with self._autocast(precision):  # around all steps, for it casts each weight once and keeps it until it ends
-            for timestep in self.progress_bar(scheduler.timesteps):
+            for number, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 model_input = torch.cat([latents, latents]) if is_guided else latents
                 model_input = scheduler.scale_model_input(model_input, timestep)
                 prediction = self.unet(
@@ -111,6 +114,8 @@ class MSDMPipeline(DiffusionPipeline):
                     unconditional, conditional = prediction.chunk(2)
                     prediction = unconditional + guidance_scale * (conditional - unconditional)
                 latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, number, timestep, {})
 
         images = (decode_latents(self.vae, latents) / 2 + 0.5).clamp(0, 1)
         return self._output(images, output_type, return_dict)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster import storage
 from cluster.documents import parse_yaml, read_yaml
-from cluster.errors import UserError, did_you_mean
+from cluster.errors import UserError, did_you_mean, nearest
 from trainers.recipe.blocks import EXTRACTOR, PLACE, WEIGHTS, Block, Cluster, Data, Fidelity, Tracking, Training
 from trainers.recipe.flux import FlowNoise, FluxRecipe, FluxSampling, FluxTransformer, LoRA
 from trainers.recipe.msdm import (
@@ -59,6 +59,9 @@ __all__ = [
 
 B = TypeVar("B", bound=Block)
 Recipe = MSDMRecipe | FluxRecipe
+SOURCE = Path(__file__).parents[2]
+SHIPPED = ("recipes", "sweeps/specs")
+"""Folders of the source code, which an installed package does not bring."""
 FAMILIES: dict[str, type[MSDMRecipe] | type[FluxRecipe]] = {"msdm": MSDMRecipe, "flux": FluxRecipe}
 
 
@@ -81,10 +84,26 @@ def load_recipe(uri: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_document(uri: str, kind: str, such_as: str) -> dict[str, Any]:
     """The YAML mapping in a file or s3:// URI. Raises UserError if there is none, which calls it a `kind`."""
-    document = read_yaml(uri)
+    try:
+        document = read_yaml(uri)
+    except storage.NotFoundError as error:
+        raise storage.NotFoundError(f"{error}{_where_it_may_be(uri)}") from None
     if not isinstance(document, dict):
         raise UserError(f"{uri} holds no {kind}: expected keys such as {such_as} at its top level")
     return document
+
+
+def _where_it_may_be(uri: str) -> str:
+    """What to add where no file is at `uri`: the shipped file of that name, or of the nearest name."""
+    if storage.is_remote(uri):
+        return ""
+    shipped = {path.stem: path for folder in SHIPPED for path in sorted((SOURCE / folder).glob("*.yaml"))}
+    if not shipped:
+        return f"; {' and '.join(SHIPPED)} are folders of the source code: name a file in your clone of it by its path"
+    name = Path(uri).stem
+    if guess := name if name in shipped else nearest(name, shipped):
+        return f"; did you mean {shipped[guess]}?"
+    return f"; those that are shipped lie in {' and '.join(str(SOURCE / folder) for folder in SHIPPED)}"
 
 
 def at_absolute_paths(block: B) -> B:

@@ -85,7 +85,8 @@ class MSDMSampling(Block):
 
     scheduler: Literal["ddpm", "ddim", "dpm-solver++"] = "dpm-solver++"
     num_inference_steps: int = Field(default=30, gt=0)
-    guidance_scale: float = Field(default=3.5, ge=1)
+    guidance_scale: float = Field(default=4.5, ge=1)
+    """w in  uncond + w (cond - uncond).  The study's 3.5, of  (1 + w) cond - w uncond,  is 4.5 here."""
     prompts: tuple[str, ...] = Field(min_length=1)
     """The fixed prompts of the sample grids."""
 
