@@ -1,5 +1,6 @@
 """A sweep's folder: what was tried and what came of it, written as it happens, so that a killed sweep goes on.
 
+SWEEP/lease/                which process conducts the sweep: see trainers/lease.py
 SWEEP/sweep.yaml            the specification
 SWEEP/recipe.yaml           the recipe without any trial's values
 SWEEP/run.json              the MLflow run that records the sweep

@@ -45,6 +45,7 @@ from sweeps.guidance_document import GuidanceSweep
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
+from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.launch import (
     Progress,
@@ -130,11 +131,13 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         raise UserError(f"there is a sweep at {journal.uri}: give --resume {name} to go on with it, or another name")
     if not is_new and not previous:
         raise UserError(f"there is no sweep at {journal.uri} to resume")
-    storage.check_writable(journal.uri)
     workers = [r.cluster.max_workers + (r.fidelity is not None) for r in corners]
-    with runtime.connect(
-        min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
-    ):
+    min_cpus = max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
+
+    def on_waiting(silent: float, limit: float) -> None:
+        watch.say(f"{journal.uri} has an owner that gives no sign of life: it is taken over in {limit - silent:.0f} s")
+
+    with lease.held(journal.uri, on_waiting), runtime.connect(min_cpus=min_cpus):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         limit = space.concurrency(spec, corners, nodes, grows=runtime.grows())
         for corner in corners:
@@ -682,7 +685,12 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
             sys.exit()
     except storage.NotFoundError as error:
         tell("failed", reason=str(error))
-    except (storage.StorageError, TrackingError):  # may be over in a moment: Tune starts the trial again
+    except (
+        storage.StorageError,
+        TrackingError,
+        lease.HeldError,
+        lease.LostError,
+    ):  # may be over in a moment: Tune starts the trial again
         raise
     except (UserError, _Diverged) as error:
         tell("failed", reason=str(error))

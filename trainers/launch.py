@@ -35,6 +35,7 @@ from cluster.errors import UserError, first_line
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
+from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.engines import Saving
 from trainers.exporter import Exporter
@@ -100,19 +101,28 @@ def train_recipe(
     With `stages`, only these are trained, what the next one reads is prepared, and nothing is registered. The last one
     goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
 
-    Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
-    was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
+    Raises UserError for what the user can mend, before any training where possible (HeldError, with nothing changed,
+    while another process trains the run), and RunStopped when it was interrupted (Ctrl-C) and has saved its state;
+    `on_stop_requested` is called when the saving begins.
     """
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
     family = family_of(recipe)
     manifest = check_recipe(recipe)
     run = RunFolder.of(recipe, run_name)
-    storage.check_writable(run.uri)
+    run.previous(recipe)
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
     num_processes = cluster.min_workers + (fidelity is not None)
-    with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
+
+    def on_waiting(silent: float, limit: float) -> None:
+        what = f"{run.uri} has an owner that gives no sign of life: seconds until it is taken over"
+        on_progress(Progress(what, int(silent), int(limit), {}, is_preparation=True))
+
+    with (
+        lease.held(run.uri, on_waiting) as own,
+        runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker),
+    ):
         runtime.check_capacity(
             num_workers=cluster.min_workers,
             cpus_per_worker=cluster.cpus_per_worker,
@@ -122,22 +132,28 @@ def train_recipe(
         )
         check_fits(recipe)
         tracker = _begin(recipe, manifest, run, run_name, tags or {})
-        status: Status = "FAILED"
+        status: Status | None = "FAILED"
 
         def on_preparing(what: str, done: int, total: int) -> None:
+            own.check()
             on_progress(Progress(what, done, total, {}, is_preparation=True))
 
         try:
             release(run)
             for stage in trained:
+                own.check()
                 if not run.has_model(stage):
                     family.prepare(recipe, stage, run, on_preparing)
                     begin = start_from if stage == trained[-1] else None
-                    _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
+                    _train_stage(recipe, stage, manifest, run, tracker, own, begin, on_progress, on_stop_requested)
+            own.check()
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
             model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
+        except lease.LostError:
+            status = None  # it is for whoever took over to say
+            raise
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
             raise
@@ -147,7 +163,8 @@ def train_recipe(
                 status = "KILLED"
             raise
         finally:
-            finish_run(tracker, status)
+            if status is not None:
+                finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
@@ -243,6 +260,7 @@ def _train_stage(
     manifest: Manifest,
     run: RunFolder,
     tracker: Tracker,
+    own: lease.Lease,
     start_from: str | None,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
@@ -285,7 +303,7 @@ def _train_stage(
         ),
         validation_config=validation,  # type: ignore[call-arg] # Ray declares the trainer of its first version here.
     )
-    result = _fit(trainer, run, reports, on_progress, on_stop_requested)
+    result = _fit(trainer, run, own, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
     records = Records(run, tracker)
@@ -308,6 +326,7 @@ def release(run: RunFolder) -> None:
 def _fit(
     trainer: ray.train.torch.TorchTrainer,
     run: RunFolder,
+    own: lease.Lease,
     reports: Queue,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
@@ -316,7 +335,7 @@ def _fit(
 
     So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C
     would abort at once and lose the steps since the last checkpoint. It is only installed on the main thread, so
-    training is awaited on another.
+    training is awaited on another. Raises LostError at once if the run is no longer this process's own.
     """
     outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
 
@@ -331,6 +350,7 @@ def _fit(
     stopping = False
     refusal: Exception | None = None
     while thread.is_alive() or not reports.empty():
+        own.check()
         try:
             thread.join(timeout=POLL_SECONDS)
             for report in reports.get_nowait_batch(reports.qsize()):

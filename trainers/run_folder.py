@@ -1,5 +1,6 @@
 """A run's folder: what is where, and what was decided when the run began.
 
+RUN/lease/          which process owns the run: see lease.py
 RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
 RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
