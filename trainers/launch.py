@@ -36,7 +36,7 @@ from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
 from trainers import lease
-from trainers.checkpoint_folders import checkpoint_folder
+from trainers.checkpoint_folders import checkpoint_folder, resume_point, seal, step_of
 from trainers.engines import Saving
 from trainers.exporter import Exporter
 from trainers.families import family_of
@@ -266,12 +266,50 @@ def _train_stage(
     on_stop_requested: Callable[[], None],
 ) -> None:
     """Train one stage under Ray Train and put its model into the run's folder."""
+    training, cluster = family_of(recipe).training_of(recipe, stage), recipe.cluster
+    data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
+    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
+    found = resume_point(storage.join(run.uri, stage), ray.__version__, partial(_say_skipped, stage))
+    if found and step_of(found) >= training.steps:
+        checkpoint = _checkpoint_at(found)
+        if _is_measured(recipe, stage, step_of(found)):
+            measure(checkpoint, step=step_of(found))
+    else:
+        trainer, reports = _trainer(recipe, stage, run, tracker, found or start_from, measure)
+        result = _fit(trainer, run, own, reports, on_progress, on_stop_requested)
+        if result.checkpoint is None or result.metrics is None or result.metrics["step"] < training.steps:
+            raise RunStopped
+        checkpoint = result.checkpoint
+        records = Records(run, tracker)
+        # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the
+        # same.
+        records.add(_report(stage, result.metrics))
+        records.flush()
+    resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
+    runtime.call(_export_stage, recipe, stage, run, checkpoint, **resources)
+
+
+def _say_skipped(stage: str, name: str, reason: str) -> None:
+    logger.warning("%s/%s is passed over: %s", stage, name, reason)
+
+
+def _checkpoint_at(uri: str) -> ray.train.Checkpoint:
+    filesystem, path = storage.arrow_filesystem(uri)
+    return ray.train.Checkpoint(path, filesystem)
+
+
+def _trainer(
+    recipe: Recipe,
+    stage: str,
+    run: RunFolder,
+    tracker: Tracker,
+    start_from: str | None,
+    measure: Callable[..., dict[str, float]],
+) -> tuple[ray.train.torch.TorchTrainer, Queue]:
+    """What trains a stage, and where its reports arrive."""
     cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": runtime.here()})
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-    data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
-    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
     beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE, "label_selector": runtime.off_spot()}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
@@ -279,7 +317,7 @@ def _train_stage(
         num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
         elastic_resize_monitor_interval_s=cluster.resize_seconds,
         use_gpu=cluster.use_gpu,
-        resources_per_worker=resources,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
     )
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
@@ -303,15 +341,7 @@ def _train_stage(
         ),
         validation_config=validation,  # type: ignore[call-arg] # Ray declares the trainer of its first version here.
     )
-    result = _fit(trainer, run, own, reports, on_progress, on_stop_requested)
-    if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
-        raise RunStopped
-    records = Records(run, tracker)
-    # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the same.
-    records.add(_report(stage, result.metrics))
-    records.flush()
-    resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
-    runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
+    return trainer, reports
 
 
 def release(run: RunFolder) -> None:
@@ -426,8 +456,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and config["start_from"]:
-        filesystem, path = storage.arrow_filesystem(config["start_from"])
-        checkpoint = ray.train.Checkpoint(path, filesystem)
+        checkpoint = _checkpoint_at(config["start_from"])
     if rank == 0:
         storage.write_bytes(run.placement, runtime.current_placement_group().encode())
     with (
@@ -456,8 +485,9 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-    """Beside the training: wait until the checkpoint is written, and put it into the run's folder."""
+    """Beside the training: wait until the checkpoint is written, and put it into the run's folder, with checksums."""
     written.result()
+    seal(Path(checkpoint.path), ray.train.get_context().get_world_rank())
     persisted: ray.train.Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
     return persisted
 
