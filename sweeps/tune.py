@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.names import check_path_part
 from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import (
@@ -116,6 +117,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     what the user can mend, before anything starts where possible, and SweepStopped when it was interrupted.
     """
     began = time.monotonic()
+    check_path_part(name, "the sweep's name")
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
     recipe = space.recipe_of(spec, {})
     runtime.check_outlives_job(recipe.cluster.storage)

@@ -26,6 +26,7 @@ from cluster import storage
 from cluster.checksums import check_folder
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
+from cluster.names import check_path_part
 from trainers.recipe import Recipe, dump_recipe
 
 COMPLETE = "COMPLETE"  # written into a model's folder when all else is there: the checksums of the rest
@@ -39,6 +40,8 @@ class RunFolder:
 
     @classmethod
     def of(cls, recipe: Recipe, run_name: str) -> "RunFolder":
+        """Raises UserError if a run cannot have this name."""
+        check_path_part(run_name, "the run's name")
         return cls(storage.join(recipe.cluster.storage, run_name))
 
     @property
