@@ -35,7 +35,6 @@ from cluster.tracking import (
     Tracker,
     TrackingError,
     connect,
-    default_tracking_uri,
     explained,
     find_run,
     without_secrets,
@@ -55,6 +54,7 @@ from trainers.launch import (
     check_fits,
     check_recipe,
     finish_run,
+    recorded_by,
     register_run,
     release,
     train_recipe,
@@ -191,8 +191,10 @@ def _begin(
 ) -> Tracker:
     """The MLflow run this sweep began with, if it is resumed; else a new one that says what will be tried."""
     if previous:
-        known, here = previous["tracking_uri"], default_tracking_uri()
-        return Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+        RunFolder(journal.uri).follow(recipe)
+        recorded = recorded_by(previous)
+        recorded.check_is_there("restore it, mend MLFLOW_TRACKING_URI, or begin a new sweep")
+        return Tracker.resume(recorded.run_id, recorded.tracking_uri)
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=journal.name,

@@ -4,7 +4,6 @@ The only module of this folder that imports Ray, but for exporter.py.
 """
 
 import io
-import json
 import logging
 import os
 import platform
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.checksums import checksums
-from cluster.documents import parsing, read_json
 from cluster.errors import UserError, first_line
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
@@ -45,8 +43,8 @@ from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.records import Records, Report
-from trainers.run_folder import RunFolder
+from trainers.records import Records, Report, read_waiting
+from trainers.run_folder import Registration, RunFolder
 from trainers.worker import train_rank
 
 logger = logging.getLogger(__name__)
@@ -110,7 +108,7 @@ def train_recipe(
     family = family_of(recipe)
     manifest = check_recipe(recipe)
     run = RunFolder.of(recipe, run_name)
-    run.previous(recipe)
+    _check_left(run, run.previous(recipe, family.STAGES[-1]))
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
     num_processes = cluster.min_workers + (fidelity is not None)
@@ -168,6 +166,24 @@ def train_recipe(
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
 
+def _check_left(run: RunFolder, mlflow_run: Mapping[str, str] | None) -> None:
+    """Raise UserError now for what an earlier start has left, and cannot be used."""
+    run.placement_group()
+    read_waiting(run)
+    if mlflow_run:
+        marker = storage.join(run.uri, "run.json")
+        recorded_by(mlflow_run).check_is_there(
+            f"restore it, as with 'mlflow runs restore --run-id {mlflow_run['run_id']}', mend MLFLOW_TRACKING_URI, or "
+            f"remove {marker} to go on with a new one"
+        )
+
+
+def recorded_by(mlflow_run: Mapping[str, str]) -> Tracker:
+    """The record of a run names its server without a password; the environment may know that."""
+    known, here = mlflow_run["tracking_uri"], default_tracking_uri()
+    return Tracker(here if without_secrets(here) == known else known, mlflow_run["run_id"])
+
+
 def finish_run(tracker: Tracker, status: Status) -> None:
     """Say in MLflow how the run ended. Where it has failed anyway, that MLflow does not answer hides nothing."""
     try:
@@ -217,11 +233,13 @@ def _begin(
 ) -> Tracker:
     """The MLflow run this run began with, if it is resumed; else a new one that says what will be done."""
     run.clear_stop()
-    if previous := run.previous(recipe):
-        # The record of a run names its server without a password; the environment may know that.
-        known, here = previous["tracking_uri"], default_tracking_uri()
-        tracker = Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+    last_stage = family_of(recipe).STAGES[-1]
+    if previous := run.previous(recipe, last_stage):
+        recorded = recorded_by(previous)
+        run.follow(recipe, last_stage)
+        tracker = Tracker.resume(recorded.run_id, recorded.tracking_uri)
         Records(run, tracker).flush(seconds=0)
+        tracker.log_text(dump_recipe(recipe), "recipe.yaml")
         return tracker
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
@@ -349,8 +367,8 @@ def release(run: RunFolder) -> None:
 
     Ray Train does so by itself only where Ray's dashboard runs.
     """
-    if storage.exists(run.placement):
-        runtime.remove_placement_group(storage.read_bytes(run.placement).decode())
+    if group := run.placement_group():
+        runtime.remove_placement_group(group)
 
 
 def _fit(
@@ -588,19 +606,26 @@ def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.C
 
 
 def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:
-    """Make the finished model a version of the recipe's registered model, once, and return its URI."""
-    name = recipe.tracking.register_as
-    if name is None:
-        return run.model(family_of(recipe).STAGES[-1])
-    marker = storage.join(run.uri, "registered.json")
-    if storage.exists(marker):
-        document = read_json(marker)
-        with parsing(marker):
-            return str(document["model_uri"])
-    # It takes all that draws pictures, for seconds, and workers import this module too.
-    from trainers.registration import register_model
+    """Make the finished model a version of the recipe's registered model, once, and return its URI.
 
-    version = register_model(recipe, manifest, run.model(family_of(recipe).STAGES[-1]), tracker, name=name)
+    The same model may be registered under other names too, and one that was trained longer is another model.
+    """
+    name, family = recipe.tracking.register_as, family_of(recipe)
+    model = run.model(family.STAGES[-1])
+    if name is None:
+        return model
+    steps = family.training_of(recipe, family.STAGES[-1]).steps
+    known = run.registrations()
+    for one in known:
+        if (one.name, one.steps) == (name, steps):
+            return one.model_uri
+    # It takes all that draws pictures, for seconds, and workers import this module too.
+    from trainers.registration import MODEL_FOLDER, register_model
+
+    # The files of a registered version never change.
+    is_first = all(one.steps == steps for one in known)
+    folder = MODEL_FOLDER if is_first else f"{MODEL_FOLDER}-{steps}-steps"
+    version = register_model(recipe, manifest, model, tracker, name=name, artifact_folder=folder)
     model_uri = f"models:/{name}/{version}"
-    storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
+    run.note_registration(Registration(name, steps, model_uri))
     return model_uri

@@ -100,7 +100,8 @@ def test_a_run_on_s3_with_a_tracking_server(
     assert trained.model_uri == "models:/tiny/1"
     check_record(trained, recipe)
     assert any(name.startswith("mlflow/") for name in storage.list_files(bucket))
-    assert draw(trained.model_uri, tmp_path / "a") == draw(trained.model_uri, tmp_path / "b")
+    before = draw(trained.model_uri, tmp_path / "a")
+    assert draw(trained.model_uri, tmp_path / "b") == before
 
     # The record alone has the whole recipe, and starting a finished run again trains nothing.
     (tmp_path / "again.yaml").write_text(trained.tracker.read_text("recipe.yaml"))
@@ -109,6 +110,14 @@ def test_a_run_on_s3_with_a_tracking_server(
     reports.clear()
     assert train(again, "whole", reports.append).model_uri == trained.model_uri
     assert reports == []
+
+    # The same run is trained longer, which makes another version, and leaves the first as it was.
+    longer = load_recipe(str(tmp_path / "again.yaml"), ["denoiser.training.steps=8"])
+    assert train(longer, "whole", reports.append).model_uri == "models:/tiny/2"
+    assert [progress.step for progress in reports if not progress.is_preparation] == [8]
+    assert trained.tracker.read_text("recipe.yaml") == dump_recipe(longer)
+    assert draw("models:/tiny/2", tmp_path / "longer") != before
+    assert draw(trained.model_uri, tmp_path / "still") == before
 
 
 def begin_with_vae(recipe: MSDMRecipe, *names: str) -> None:
