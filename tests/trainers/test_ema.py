@@ -11,7 +11,7 @@ def test_average_equals_the_closed_form() -> None:
     for _ in range(12):
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        ema.update(model)
+        ema.update(model, torch.tensor(True))
         weights.append(model.weight.detach().double().clone())
 
     # a_n = sum_k (1 - d_k) prod_{j > k} d_j w_k, with d_0 = 0 for the initial weights
@@ -21,6 +21,20 @@ def test_average_equals_the_closed_form() -> None:
         later = torch.tensor(decays[k + 1 :], dtype=torch.float64).prod()
         expected += (1 - decays[k]) * later * weight
     torch.testing.assert_close(ema.average["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_was_not_applied_leaves_average_and_count_to_the_bit() -> None:
+    model = nn.Linear(3, 2)
+    for decay in (0.9, 0.0):
+        ema = EMA(model, decay=decay)
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        ema.update(model, torch.tensor(True))
+        average = {name: value.clone() for name, value in ema.average.items()}
+        ema.update(model, torch.tensor(False))
+        assert int(ema.num_updates) == 1
+        assert all(torch.equal(value, average[name]) for name, value in ema.average.items())
+    assert torch.equal(ema.average["weight"], model.weight), "without decay, the weights themselves"
 
 
 def test_swapping_twice_gives_back_the_very_bits() -> None:
