@@ -49,6 +49,7 @@ from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.launch import (
     Progress,
+    RunCutOffError,
     RunStopped,
     TrainedRun,
     check_fits,
@@ -692,6 +693,7 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
     except (
         storage.StorageError,
         TrackingError,
+        RunCutOffError,
         lease.HeldError,
         lease.LostError,
     ):  # may be over in a moment: Tune starts the trial again

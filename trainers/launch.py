@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.checksums import checksums
-from cluster.errors import UserError, first_line
+from cluster.errors import UserError, first_line, no_room
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
@@ -78,6 +78,10 @@ class TrainedRun:
     metrics: Mapping[str, float]  # the last of each, by stage/name
     model_uri: str  # models:/NAME/VERSION, or the model's folder when the recipe registers nothing
     failures: Mapping[str, str]  # what failed beside the training, and why
+
+
+class RunCutOffError(UserError):
+    """What the run needs gave out, such as its storage: when that is back, the same command goes on."""
 
 
 class RunStopped(Exception):  # noqa: N818 - what happened, not what went wrong
@@ -155,10 +159,15 @@ def train_recipe(
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
             raise
-        except Exception:
+        except Exception as error:
             # Whoever asked it to stop may have ended what it needs to stop in order, as Ray Tune does.
-            if run.stop_requested():
-                status = "KILLED"
+            with suppress(storage.StorageError):
+                status = "KILLED" if run.stop_requested() else status
+            if reason := _outside_reason(error):
+                raise RunCutOffError(
+                    f"run {run_name} cannot go on: {reason}; when that is mended, the same command goes on from its "
+                    "latest checkpoint"
+                ) from None
             raise
         finally:
             if status is not None:
@@ -421,6 +430,34 @@ def _fit(
     return result
 
 
+def _outside_reason(error: BaseException) -> str | None:
+    """In a line, what gave out if that is why a run ended: storage, room on a disk, memory, machines; else None."""
+    failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
+    restarts = "after as many restarts as cluster.max_failures allows, " if failures else ""
+    for one in [*failures.values(), error]:
+        original = getattr(one, "_base_exc", one)
+        if reason := no_room(original):
+            return restarts + (reason if "room" in reason else f"there is no room left ({reason})")
+        if storage.is_outage(original):
+            return restarts + str(original)
+        if isinstance(original, torch.OutOfMemoryError):
+            return f"{restarts}a rank ran out of its GPU's memory: lower micro_batch_size ({first_line(original)})"
+        if isinstance(original, RayError) and not isinstance(original, RayTaskError):
+            return f"{restarts}a rank's process or machine was lost, as when memory runs out ({first_line(original)})"
+    return None
+
+
+@contextmanager
+def _room_is_users() -> Iterator[None]:
+    """A disk that is full is the user's to mend: no restart of the ranks would. Raises UserError for that."""
+    try:
+        yield
+    except Exception as error:
+        if reason := no_room(error):
+            raise UserError(f"there is no room left on {platform.node()}, or where it writes ({reason})") from None
+        raise
+
+
 def _hopeless(error: object) -> UserError | None:
     """The user's mistake, as is a divergence, behind a worker's failure, if it is one: no restart could mend it."""
     original = getattr(error, "_base_exc", error)
@@ -484,15 +521,16 @@ def _train_worker(config: dict[str, Any]) -> None:
     ):
         logger.info("the rank begins")
         try:
-            train_rank(
-                recipe,
-                config["stage"],
-                run,
-                device=ray.train.torch.get_device(),
-                report=report,
-                resume_from=Path(resume_from) if resume_from else None,
-                save_requested=save_requested,
-            )
+            with _room_is_users():
+                train_rank(
+                    recipe,
+                    config["stage"],
+                    run,
+                    device=ray.train.torch.get_device(),
+                    report=report,
+                    resume_from=Path(resume_from) if resume_from else None,
+                    save_requested=save_requested,
+                )
         except Exception as error:
             logger.exception("the rank ends with an error")
             if isinstance(error, DivergedError):
@@ -504,9 +542,11 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Beside the training: wait until the checkpoint is written, and put it into the run's folder, with checksums."""
-    written.result()
-    seal(Path(checkpoint.path), ray.train.get_context().get_world_rank())
-    persisted: ray.train.Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    context = ray.train.get_context()
+    with _room_is_users():
+        written.result()
+        seal(Path(checkpoint.path), context.get_world_rank())
+        persisted: ray.train.Checkpoint = context.get_storage().persist_current_checkpoint(checkpoint, name)
     return persisted
 
 

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cluster.errors import UserError
 from cluster.progress import PlainLines
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ class Watch:
 @contextmanager
 def watching(console: Console, command: str) -> Iterator[Watch]:
     """Show a run that trains inside the block; if it is interrupted, say that `command` goes on with it, and exit."""
-    from trainers.launch import RunStopped
+    from trainers.launch import RunCutOffError, RunStopped
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
     try:
         with Watch(console) as watch:
             yield watch
+    except RunCutOffError as error:
+        raise UserError(f"{error}: {command}") from None
     except RunStopped:
         console.print(f"Stopped and saved. To go on: {command}", soft_wrap=True)
         raise typer.Exit(130) from None

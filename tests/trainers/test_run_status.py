@@ -1,5 +1,7 @@
 """What a run that did not reach its end leaves: its status in MLflow, and the folder of the run that another owns."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
+import torch
 from mlflow import MlflowClient
+from ray.exceptions import ActorDiedError
 
-from cluster import runtime
+from cluster import runtime, storage
 from cluster.tracking import Tracker
 from trainers import launch, lease
 from trainers.recipe import MSDMRecipe
@@ -59,6 +64,78 @@ def test_what_fails_after_it_was_asked_to_stop_was_stopped(
     with pytest.raises(RuntimeError, match="gone"):
         train(ranks)
     assert status_of(recipe, tracking_uri) == status
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import pyarrow.fs, safetensors.torch, torch
+from cluster import storage
+from cluster.errors import no_room
+from trainers import checkpoint, sharded_checkpoint
+
+out = Path(sys.argv[1])
+(out / "from").mkdir()
+(out / "from" / "file").write_bytes(bytes(10**6))
+(out / "to").mkdir()
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))  # no room for more than 100 kB a file
+tensors = {"a": torch.zeros(10**6)}
+small = {"a": torch.zeros(1)}
+disk = pyarrow.fs.LocalFileSystem()
+state = sharded_checkpoint.State(1, 1, 1, {"a": (10**6,)})
+for write in (
+    lambda: checkpoint.write(out, {"model": tensors}),
+    lambda: checkpoint.write(out, {"model": small, "ema": small, "optimizer": tensors}),
+    lambda: sharded_checkpoint.save(out, {"weights": tensors}, rank=0, world_size=1, state=state),
+    lambda: pyarrow.fs.copy_files(str(out / "from"), str(out / "to"), disk, disk),
+    lambda: storage.write_bytes(str(out / "x"), bytes(10**6)),
+):
+    try:
+        write()
+    except Exception as error:
+        print(no_room(error))
+print(no_room(ValueError("File not found")))
+"""
+
+
+def test_a_full_disk_is_known_whoever_writes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    *full, other = ended.stdout.splitlines()
+    assert len(full) == 5
+    assert all("File too large" in line for line in full), ended.stdout
+    assert other == "None"
+
+
+OUTAGE = storage.StorageError("cannot write s3://b/x: no server answers")
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OSError(28, "No space left on device"), r"there is no room left \(\[Errno 28\] No space left on device\)"),
+        (OUTAGE, "cannot write s3://b/x: no server answers"),
+        (ray.train.WorkerGroupError("trace\n" * 60, {0: OUTAGE}), "cannot write s3://b/x: no server answers"),
+        (ray.train.WorkerGroupError("trace", {1: ActorDiedError()}), "a rank's process or machine was lost"),
+        (
+            ray.train.WorkerGroupError("trace", {1: torch.OutOfMemoryError("CUDA")}),
+            "a rank ran .*: lower micro_batch_size",
+        ),
+    ],
+)
+def test_what_gave_out_is_said_in_a_line_and_the_same_command_goes_on(
+    failure: Exception, said: str, recipe: MSDMRecipe, tracking_uri: str, train: Callable[..., None]
+) -> None:
+    def ranks(run: RunFolder, own: lease.Lease) -> None:
+        raise failure
+
+    with pytest.raises(
+        launch.RunCutOffError, match=f"^run tiny cannot go on: (after .*)?{said}.*the same command goes on"
+    ) as caught:
+        train(ranks)
+    assert "\n" not in str(caught.value)
+    assert status_of(recipe, tracking_uri) == "FAILED"
 
 
 def test_a_second_start_while_one_trains_changes_nothing(
