@@ -163,7 +163,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
                     journal.shared_run,
                     on_progress=show_shared,
                     on_stop_requested=lambda: watch.say("Stopping: saving the state. Ctrl-C again to give up on it."),
-                    stages=shared,
+                    until=shared[-1],
                     tags={PARENT: tracker.run_id, KIND: "shared"},
                 )
             conductor = _Conductor(spec, corners, journal, tracker, watch, recording, limit, began)

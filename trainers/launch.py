@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.checksums import checksums
-from cluster.errors import UserError, first_line, no_room
+from cluster.errors import UserError, did_you_mean, first_line, no_room
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
@@ -94,14 +94,15 @@ def train_recipe(
     *,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
-    stages: Sequence[str] | None = None,
+    until: str | None = None,
     start_from: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> TrainedRun:
     """Train every stage, then export and register the model. A run that was stopped goes on under its name.
 
-    With `stages`, only these are trained, what the next one reads is prepared, and nothing is registered. The last one
-    goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
+    With `until`, the name of a stage, those up to it are trained, what the next one reads is prepared, and nothing is
+    registered. The last one goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the
+    MLflow run, when it begins.
 
     Raises UserError for what the user can mend, before any training where possible (HeldError, with nothing changed,
     while another process trains the run), and RunStopped when it was interrupted (Ctrl-C) and has saved its state;
@@ -114,7 +115,7 @@ def train_recipe(
     run = RunFolder.of(recipe, run_name)
     _check_left(run, run.previous(recipe, family.STAGES[-1]))
     cluster, fidelity = recipe.cluster, recipe.fidelity
-    trained = tuple(stages or family.STAGES)
+    trained = _stages_until(family.STAGES, until)
     num_processes = cluster.min_workers + (fidelity is not None)
 
     def on_waiting(silent: float, limit: float) -> None:
@@ -151,7 +152,7 @@ def train_recipe(
             own.check()
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
-            model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
+            model_uri = run.model(trained[-1]) if until else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except lease.LostError:
             status = None  # it is for whoever took over to say
@@ -173,6 +174,15 @@ def train_recipe(
             if status is not None:
                 finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
+
+
+def _stages_until(stages: Sequence[str], until: str | None) -> tuple[str, ...]:
+    """The stages up to one of them; each reads what the one before made. Raises UserError if none is so named."""
+    if until is None:
+        return tuple(stages)
+    if until not in stages:
+        raise UserError(f"there is no stage '{until}': {did_you_mean(until, stages)}there are {', '.join(stages)}")
+    return tuple(stages[: stages.index(until) + 1])
 
 
 def _check_left(run: RunFolder, mlflow_run: Mapping[str, str] | None) -> None:

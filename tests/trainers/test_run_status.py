@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError
 
 from cluster import runtime, storage
+from cluster.errors import UserError
 from cluster.tracking import Tracker
 from trainers import launch, lease
 from trainers.recipe import MSDMRecipe
@@ -136,6 +137,17 @@ def test_what_gave_out_is_said_in_a_line_and_the_same_command_goes_on(
         train(ranks)
     assert "\n" not in str(caught.value)
     assert status_of(recipe, tracking_uri) == "FAILED"
+
+
+def test_stages_are_trained_until_one_of_them(recipe: MSDMRecipe) -> None:
+    assert [launch._stages_until(("vae", "denoiser"), until) for until in ("vae", "denoiser", None)] == [
+        ("vae",),
+        ("vae", "denoiser"),
+        ("vae", "denoiser"),
+    ]
+    with pytest.raises(UserError, match="there is no stage 'denoise': did you mean 'denoiser'"):
+        launch.train_recipe(recipe, "tiny", on_progress=lambda _: None, on_stop_requested=lambda: None, until="denoise")
+    assert not Path(RunFolder.of(recipe, "tiny").uri).exists()
 
 
 def test_a_second_start_while_one_trains_changes_nothing(
