@@ -25,10 +25,10 @@ class EMA:
         self.num_updates = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, applied: Tensor) -> None:
-        """Move the average towards the model's present weights, unless `applied`, a bool on its device, is False.
+    def update(self, model: nn.Module, applied: Tensor | bool = True) -> None:
+        """Move the average towards the model's present weights, if the step that led to them was applied.
 
-        Nobody waits for the device to say which it is.
+        Whether it was may still be on its way from the device: nobody waits for it.
         """
         self.num_updates += applied
         averages = list(self.average.values())

@@ -670,7 +670,8 @@ def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tr
         if (one.name, one.steps) == (name, steps):
             return one.model_uri
     # It takes all that draws pictures, for seconds, and workers import this module too.
-    from trainers.registration import MODEL_FOLDER, register_model
+    from cluster.registry import MODEL_FOLDER
+    from trainers.registration import register_model
 
     # The files of a registered version never change.
     is_first = all(one.steps == steps for one in known)

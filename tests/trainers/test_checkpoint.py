@@ -16,7 +16,7 @@ def parts(width: int = 3) -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
     for _ in range(3):
         model(torch.randn(4, width)).square().sum().backward()
         optimizer.step()
-        ema.update(model, torch.tensor(True))
+        ema.update(model)
     return model, ema, optimizer
 
 

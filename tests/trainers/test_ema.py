@@ -11,7 +11,7 @@ def test_average_equals_the_closed_form() -> None:
     for _ in range(12):
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        ema.update(model, torch.tensor(True))
+        ema.update(model)
         weights.append(model.weight.detach().double().clone())
 
     # a_n = sum_k (1 - d_k) prod_{j > k} d_j w_k, with d_0 = 0 for the initial weights
@@ -29,7 +29,7 @@ def test_a_step_that_was_not_applied_leaves_average_and_count_to_the_bit() -> No
         ema = EMA(model, decay=decay)
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        ema.update(model, torch.tensor(True))
+        ema.update(model)
         average = {name: value.clone() for name, value in ema.average.items()}
         ema.update(model, torch.tensor(False))
         assert int(ema.num_updates) == 1

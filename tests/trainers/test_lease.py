@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,5 +143,5 @@ def test_a_process_that_took_a_dead_ones_number_is_not_its_owner(tmp_path: Path)
     """Pids are used again; what the clock says does not matter."""
     owner = lease.Owner.this_process()
     assert not owner.has_ended()
-    assert lease.replace(owner, start_ticks=owner.start_ticks - 1).has_ended()
-    assert not lease.replace(owner, start_ticks=1, machine="another").has_ended()
+    assert replace(owner, start_ticks=owner.start_ticks - 1).has_ended()
+    assert not replace(owner, start_ticks=1, machine="another").has_ended()
