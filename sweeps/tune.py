@@ -63,7 +63,7 @@ from trainers.launch import (
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.records import FLUSH_SECONDS, RETRY_SECONDS, Records
-from trainers.run_folder import COMPLETE, RunFolder, finished_model
+from trainers.run_folder import RunFolder
 
 CANDIDATE = "candidate"
 ENDED = "medsynth.ended"  # tag of a trial's run: why it was not trained to its end
@@ -669,7 +669,8 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
         await_mlflow()
         shared_run = RunFolder(storage.join(journal.uri, journal.shared_run))
         for shared in setting.shared:
-            _copy_model(shared_run, run, shared)
+            if not run.has_model(shared):
+                run.take_model(shared, shared_run)
         if setting.shared:
             run.borrow_precomputed(shared_run)
         trained = train_recipe(
@@ -731,14 +732,3 @@ def _judge_at_best_guidance(
     trained.tracker.log_metrics(figures, step)
     trained.tracker.log_params({f"guidance.{name}": value for name, value in found.best.setting.items()})
     log_files(trained.tracker, out)
-
-
-def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:
-    """Give a run the finished model of another's stage, so that it is not trained again."""
-    if target.has_model(stage):
-        return
-    with finished_model(source.model(stage)) as folder:
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name != COMPLETE:
-                storage.upload_file(path, storage.join(target.model(stage), path.relative_to(folder).as_posix()))
-        target.mark_complete(stage, (folder / COMPLETE).read_text())

@@ -147,6 +147,7 @@ def train_recipe(
                 own.check()
                 if not run.has_model(stage):
                     family.prepare(recipe, stage, run, on_preparing)
+                if not run.has_model(stage):
                     begin = start_from if stage == trained[-1] else None
                     _train_stage(recipe, stage, manifest, run, tracker, own, begin, on_progress, on_stop_requested)
             own.check()

@@ -79,6 +79,17 @@ class RunFolder:
         """`sums` are the checksums of the model's files, by which `finished_model` knows them."""
         storage.write_bytes(storage.join(self.model(stage), COMPLETE), sums.encode())
 
+    def take_model(self, stage: str, source: "RunFolder") -> None:
+        """Copy the finished model of another run's stage, so that it is not trained again.
+
+        Raises UserError if its files are not those that were finished.
+        """
+        with finished_model(source.model(stage)) as folder:
+            for path in folder.rglob("*"):
+                if path.is_file() and path.name != COMPLETE:
+                    storage.upload_file(path, storage.join(self.model(stage), path.relative_to(folder).as_posix()))
+            self.mark_complete(stage, (folder / COMPLETE).read_text())
+
     def picture(self, stage: str, step: int) -> str:
         return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from cluster.checksums import checksums
 from cluster.errors import UserError
 from cluster.tracking import Tracker, TrackingError
+from trainers.families import msdm
 from trainers.launch import _check_left, register_run
 from trainers.recipe import MSDMRecipe, load_recipe
 from trainers.records import read_waiting
-from trainers.run_folder import COMPLETE, Registration, RunFolder
+from trainers.run_folder import COMPLETE, Registration, RunFolder, finished_model
 
 
 @pytest.fixture
@@ -145,3 +147,22 @@ def test_a_finished_model_is_registered_once_under_each_name(
     assert registered == [("a", "model"), ("b", "model"), ("a", "model-12-steps")]
     assert run.registrations()[-1] == Registration("a", 12, "models:/a/1")
     assert COMPLETE not in [path.name for path in Path(run.uri).iterdir()]
+
+
+def test_a_finished_autoencoder_is_taken_from_another_run(recipe_file: Path, tmp_path: Path) -> None:
+    other, run = RunFolder(f"{tmp_path}/other"), RunFolder(f"{tmp_path}/run")
+    taking = changed(recipe_file, f"vae.pretrained={other.uri}")
+    with pytest.raises(UserError, match=r"vae.pretrained: .*other is no run with a finished autoencoder"):
+        msdm.check(taking)
+    other.begin(changed(recipe_file), {"run_id": "1", "tracking_uri": "x"})
+    (Path(other.model("vae"))).mkdir(parents=True)
+    (Path(other.model("vae")) / "weights").write_text("trained")
+    other.mark_complete("vae", checksums([Path(other.model("vae"))]))
+    msdm.check(taking)
+    msdm.prepare(taking, "vae", run, lambda *_: None)
+    with finished_model(run.model("vae")) as folder:
+        assert (folder / "weights").read_text() == "trained"
+    with pytest.raises(UserError, match=r"is not of this recipe's vae.architecture"):
+        msdm.check(changed(recipe_file, f"vae.pretrained={other.uri}", "vae.architecture.layers_per_block=2"))
+    with pytest.raises(UserError, match=r"is of resolution 16, this recipe's data.resolution is 32"):
+        msdm.check(changed(recipe_file, f"vae.pretrained={other.uri}", "data.resolution=32"))
