@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import UserError
+from cluster.names import check_path_part
 from cluster.progress import PlainLines
 from sweeps.guidance_cli import run_guidance_sweep
 from sweeps.guidance_spec import load_guidance_spec
@@ -165,8 +166,9 @@ def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume:
     if run and resume:
         raise UserError("--run names a new sweep, --resume one that was cut off: give one of them")
     name = resume or run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--resume" if resume else "--run")
     changes = "".join(f" --set {shlex.quote(change)}" for change in overrides)
-    command = f"medsynth sweep {shlex.quote(spec)}{changes} --resume {name}"
+    command = f"medsynth sweep {shlex.quote(spec)}{changes} --resume {shlex.quote(name)}"
     total = num_trials(loaded)
     of = f"of at most {total} trials" if total else "for as long as its budget lasts"
     console.print(f"Sweep [bold]{name}[/] {of}; to resume it: {command}", soft_wrap=True)

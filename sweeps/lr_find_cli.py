@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.names import check_path_part
 from trainers.recipe import load_recipe
 from trainers.watch import watching
 
@@ -30,10 +31,11 @@ def run_lr_find(
     """
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
     recipe = load_recipe(recipe_uri, overrides)
+    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--run")
     from sweeps.lr_find import find_learning_rate
     from trainers.launch import emulated_precision
 
-    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
     asked = " ".join([shlex.quote(recipe_uri), *(f"--set {shlex.quote(change)}" for change in overrides)])
     command = (
         f"medsynth sweep --lr-find {asked} --lr-min {lr_min:g} --lr-max {lr_max:g} --steps {steps} "

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
 from cluster.errors import UserError
+from cluster.names import check_path_part
 from cluster.progress import progress_lines
 from trainers.recipe import FluxRecipe, load_recipe
 from trainers.watch import summarize, watching
@@ -40,11 +41,12 @@ def train(
     """
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
     loaded = load_recipe(recipe, overrides or [])
+    name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--run")
     from trainers.launch import emulated_precision, train_recipe
 
-    name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = " ".join(f"--set {shlex.quote(change)}" for change in overrides or [])
-    command = f"medsynth train {shlex.quote(recipe)} {changes} --run {name}".replace("  ", " ")
+    command = f"medsynth train {shlex.quote(recipe)} {changes} --run {shlex.quote(name)}".replace("  ", " ")
     workers = " to ".join(str(number) for number in dict.fromkeys(loaded.cluster.worker_range))
     console.print(f"Run [bold]{name}[/] with {workers} workers; to resume it: {command}", soft_wrap=True)
     if notice := emulated_precision(loaded):

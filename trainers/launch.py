@@ -110,9 +110,9 @@ def train_recipe(
     """
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
+    run = RunFolder.of(recipe, run_name)
     family = family_of(recipe)
     manifest = check_recipe(recipe)
-    run = RunFolder.of(recipe, run_name)
     _check_left(run, run.previous(recipe, family.STAGES[-1]))
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = _stages_until(family.STAGES, until)

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.checksums import checksums
 from cluster.errors import UserError
 from cluster.tracking import Tracker, TrackingError
+from medsynth import app
 from trainers.families import msdm
 from trainers.launch import _check_left, register_run
 from trainers.recipe import MSDMRecipe, load_recipe
@@ -90,6 +92,14 @@ def test_a_finished_stage_that_is_trained_longer_is_no_more_finished(run: RunFol
     (Path(run.uri) / "denoiser" / "step-000006-of-1" / "state.json").touch()
     run.follow(longer, "denoiser")
     assert not run.has_model("denoiser")
+
+
+@pytest.mark.parametrize("command", [["train"], ["sweep", "--lr-find"]])
+def test_a_command_refuses_a_name_that_leads_elsewhere(command: list[str], recipe_file: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*command, str(recipe_file), "--run", "../x"])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith("--run '../x' cannot be the name of a folder")
+    assert not (tmp_path / "runs").exists()
 
 
 DAMAGED: dict[str, tuple[Callable[[RunFolder, MSDMRecipe], Any], list[bytes]]] = {
