@@ -56,7 +56,8 @@ def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Opt
     state = _read_state(folder)
     _fill(folder, trained_state(model), load_tensors(folder / "model.safetensors"))
     _fill(folder, ema.average, load_tensors(folder / "ema.safetensors"))
-    ema.num_updates.fill_(state["ema_updates"])
+    with parsing(str(folder / "state.json")):
+        ema.num_updates.fill_(state["ema_updates"])
     path = folder / "optimizer.pt"
     document = load_pickled(path)
     with parsing(str(path)):
