@@ -241,7 +241,12 @@ def finished_model(uri: str) -> Iterator[Path]:
     """
     with storage.local_folder(uri) as folder:
         if (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
-            check_folder(folder, sums, uri, ignoring=(COMPLETE,))
+            try:
+                check_folder(folder, sums, uri, ignoring=(COMPLETE,))
+            except UserError as error:
+                marker = storage.join(uri, COMPLETE)
+                anew = f"if it is a run's, remove {marker}: the run's next start writes it from the latest checkpoint"
+                raise UserError(f"{error}; {anew}") from None
         yield folder
 
 

@@ -19,7 +19,7 @@ from tests.trainers.test_loop import CPU, Reports, prepare_denoiser
 from trainers.checkpoint_folders import INDEX
 from trainers.families import msdm
 from trainers.generate import generate
-from trainers.launch import Progress, TrainedRun, train_recipe
+from trainers.launch import Progress, RunCutOffError, TrainedRun, train_recipe
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
@@ -188,3 +188,24 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     )
     averages = {name.removeprefix("ema/"): value for name, value in straight.weights.items() if name.startswith("ema/")}
     assert_equal(resumed, averages)
+
+
+SMALL_DISK = """
+import resource, sys
+if "default_worker" in " ".join(sys.orig_argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+
+
+def test_a_disk_that_is_full_ends_a_run_in_one_line(
+    recipe_document: dict[str, Any], tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no rank is started again, as none would find more room: here for more than 60 kB a file."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SMALL_DISK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+    said = r"^run full cannot go on: there is no room left on .* File too large"
+    with pytest.raises(RunCutOffError, match=said) as told:
+        train(with_values(recipe_document), "full")
+    assert str(told.value).isprintable()
