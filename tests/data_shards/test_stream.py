@@ -145,8 +145,10 @@ def test_a_pass_is_read_and_decoded_ahead_by_other_threads(
     monkeypatch.setattr(ahead, "read", noted)
     batches = ahead.one_pass(2)
     first = next(batches)
-    time.sleep(0.5)
-    assert len(readers) > 1, "what follows is on its way while the first is used"
+    deadline = time.monotonic() + 10
+    while len(readers) < 2:  # what follows is on its way while the first is used
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert threading.main_thread() not in readers
     assert_same([joined([first, *batches])], [joined(list(stream(shards, num_workers=0).one_pass(2)))])
 

@@ -182,8 +182,9 @@ def test_a_start_that_was_taken_over_from_ends_and_says_nothing_in_mlflow(
 ) -> None:
     def ranks(run: RunFolder, own: lease.Lease) -> None:
         assert lease._take(run.uri, 2)
-        time.sleep(0.5)
-        own.check()
+        for _ in range(200):
+            own.check()
+            time.sleep(0.05)
 
     with pytest.raises(lease.LostError, match="was taken over by"):
         train(ranks)
