@@ -121,7 +121,7 @@ def prepare(folder: Path, *, steps: int, vae_steps: int) -> Recipe:
                 "shared",
                 on_progress=lines.show_training,
                 on_stop_requested=lambda: lines.say("Stopping: saving the state."),
-                stages=("vae",),
+                until="vae",
             )
         except RunStopped:
             raise SystemExit(STOPPED) from None

@@ -6,13 +6,15 @@ Limits are far above what any document here needs, and far below what a machine 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from cluster import storage
 from cluster.errors import UserError
 
+T = TypeVar("T")
 MAX_YAML_BYTES = 2**18  # a recipe has 4 KiB; PyYAML reads some 100 KiB a second
 MAX_YAML_VALUES = 20_000  # with each alias counted as often as it is used: a few lines of them can mean billions
 MAX_YAML_DEPTH = 32  # blocks within blocks; a recipe has four
@@ -64,6 +66,38 @@ def read_json(uri: str) -> Any:
     data = read_small(uri, MAX_JSON_BYTES)
     with parsing(uri):
         return json.loads(data)
+
+
+def read_json_as(kind: type[T], uri: str, remedy: str) -> T:
+    """The JSON at `uri` as a `kind`: a dataclass, or lists and mappings of such.
+
+    Raises NotFoundError if nothing is there; UserError, which ends in the remedy, if it is anything else.
+    """
+    try:
+        document = read_json(uri)
+        with parsing(uri):
+            return TypeAdapter(kind).validate_python(document)
+    except storage.StorageError:
+        raise
+    except UserError as error:
+        reason = str(error)
+        if isinstance(error.__context__, ValidationError):
+            problem = error.__context__.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            reason = f"{uri} is damaged, or of another kind: {where + ': ' if where else ''}{problem['msg']}"
+        raise UserError(f"{reason}; {remedy}") from None
+
+
+def read_text(uri: str, remedy: str) -> str:
+    """The text at `uri`, of one line. Raises UserError, which ends in the remedy, if it is anything else."""
+    data = storage.read_bytes(uri)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text.isprintable() or not text:
+        raise UserError(f"{uri} is damaged, or of another kind: it is not a line of text; {remedy}")
+    return text
 
 
 def read_small(uri: str, max_bytes: int) -> bytes:

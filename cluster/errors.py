@@ -1,7 +1,14 @@
 """Mistakes that the user can mend."""
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As libraries tell of them that raise no OSError, such as safetensors'.
+NO_ROOM_TOLD = re.compile("|".join([*(re.escape(os.strerror(number)) for number in NO_ROOM), "disk is full"]))
 
 
 class UserError(Exception):
@@ -11,6 +18,15 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of others says, in one line; what it is, if it says nothing."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """In a line, why there was no room for what was to be written, if that is behind an error; else None."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in NO_ROOM) or NO_ROOM_TOLD.search(str(error)):
+            return first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

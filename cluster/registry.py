@@ -73,24 +73,37 @@ def check_registered(folder: Path, tags: Mapping[str, str], uri: str) -> None:
     check_folder(folder, sums, uri, ignoring=(SUMS, MLFLOW_META))
 
 
-def register(tracker: Tracker, folders: Sequence[Path], *, name: str, tags: Mapping[str, str]) -> int:
+def register(
+    tracker: Tracker,
+    folders: Sequence[Path],
+    *,
+    name: str,
+    tags: Mapping[str, str],
+    artifact_folder: str = MODEL_FOLDER,
+) -> int:
     """Upload what is in `folders` to the run as one model, and make it the next version of a registered model.
 
-    A run has one version of a name: asked again, it returns that, so what was cut off may be repeated. The digests of
-    the files are uploaded with them, and their own is a tag of the version: `model_folder` and serving check them.
+    A model of a run has one version of a name: asked again, it returns that, so what was cut off may be repeated. Under
+    another name it is not uploaded again, for that would change the files of the version it has. The digests of the
+    files are uploaded with them, and their own is a tag of the version: `model_folder` and serving check them.
     """
     client = tracker.client
     with explained(tracker.tracking_uri):
-        if known := client.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'"):
-            return int(known[0].version)
-        sums = checksums(folders)
-        for folder in folders:
-            tracker.log_folder(folder, MODEL_FOLDER)
-        tracker.log_text(sums, f"{MODEL_FOLDER}/{SUMS}")
-        tags = {**tags, DIGEST_TAG: digest_of(sums)}
+        source = artifact_uri(client, f"runs:/{tracker.run_id}/{artifact_folder}")
+        of_run = client.search_model_versions(f"run_id = '{tracker.run_id}'")
+        known = [version for version in of_run if version.source == source]
+        if own := [version for version in known if version.name == name]:
+            return int(own[0].version)
+        if known:
+            tags = {**tags, **{key: value for key, value in known[0].tags.items() if key == DIGEST_TAG}}
+        else:
+            sums = checksums(folders)
+            for folder in folders:
+                tracker.log_folder(folder, artifact_folder)
+            tracker.log_text(sums, f"{artifact_folder}/{SUMS}")
+            tags = {**tags, DIGEST_TAG: digest_of(sums)}
         with _known_is_fine():
             client.create_registered_model(name)
-        source = artifact_uri(client, f"runs:/{tracker.run_id}/{MODEL_FOLDER}")
         return int(client.create_model_version(name, source, run_id=tracker.run_id, tags=dict(tags)).version)
 
 
@@ -102,20 +115,22 @@ def check_rights(tracking_uri: str) -> None:
         client.delete_registered_model(name)
 
 
-def describe_pyfunc(folder: Path, *, code_file: str, signature: ModelSignature, tracker: Tracker) -> None:
+def describe_pyfunc(
+    folder: Path, *, code_file: str, signature: ModelSignature, tracker: Tracker, artifact_folder: str = MODEL_FOLDER
+) -> None:
     """Write the file `MLmodel` that makes `folder`, or what it is uploaded beside, a model that MLflow serves.
 
     `code_file` in the same folder calls mlflow.models.set_model; CODE_FOLDER below it is put on the import path, and
     the artifact "pipeline" is the folder itself. mlflow's own save_model would copy all of it into another folder.
     """
-    model = Model(artifact_path=MODEL_FOLDER, run_id=tracker.run_id, signature=signature)
+    model = Model(artifact_path=artifact_folder, run_id=tracker.run_id, signature=signature)
     mlflow.pyfunc.add_to_model(
         model,
         loader_module="mlflow.pyfunc.loaders.code_model",
         code=CODE_FOLDER,
         python_env="python_env.yaml",
         model_code_path=code_file,
-        model_config={"model_uri": f"runs:/{tracker.run_id}/{MODEL_FOLDER}"},
+        model_config={"model_uri": f"runs:/{tracker.run_id}/{artifact_folder}"},
         artifacts={"pipeline": {"path": ".", "uri": "."}},
     )
     model.save(str(folder / "MLmodel"))

@@ -129,6 +129,31 @@ def write_bytes(uri: str, data: bytes) -> None:
             temporary.write_bytes(data)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Write unless something is there already, and return whether it was written: of several writers only one wins.
+
+    On S3 a writer that loses an answer may be told that it lost though it won: what it finds there is its own then.
+    """
+    with _explained("write", uri):
+        if is_remote(uri):
+            try:
+                _s3().put_object(**_location(uri), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                    return False
+                raise
+            return True
+        path = _path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("xb")
+        except FileExistsError:
+            return False
+        with file:
+            file.write(data)
+        return True
+
+
 def upload_file(path: Path, uri: str) -> None:
     """Copy a local file to `uri`, all or nothing."""
     with _explained("write", uri):

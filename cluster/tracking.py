@@ -166,6 +166,20 @@ class Tracker:
         client = self.client
         return str(client.get_experiment(client.get_run(self.run_id).info.experiment_id).name)
 
+    def check_is_there(self, remedy: str) -> None:
+        """Raise TrackingError, which ends in the remedy, if the run was deleted, or the server never had it."""
+        client = connect(self.tracking_uri)
+        with explained(self.tracking_uri):
+            try:
+                is_there = client.get_run(self.run_id).info.lifecycle_stage == "active"
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                is_there = False
+        if not is_there:
+            place = without_secrets(self.tracking_uri)
+            raise TrackingError(f"the MLflow run {self.run_id} is not at {place}, or was deleted there: {remedy}")
+
     def log_text(self, text: str, artifact_file: str) -> None:
         self.client.log_text(self.run_id, text, artifact_file)
 

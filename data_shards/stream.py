@@ -135,18 +135,37 @@ class ShardStream:
         """
         total = min(self.num_samples, num_samples or self.num_samples)
         first, last = (total * rank // self._world_size for rank in (self._rank, self._rank + 1))
-        for start in range(first, last, micro_batch_size):
-            stretches = self._stretches(start, min(start + micro_batch_size, last))
-            samples = [sample for stretch in stretches for sample in self.read(stretch)]
-            inputs = self._memory.take(len(samples), *self._input_shape)
-            opened: list[Encoded] = []
-            for sample in samples:
-                with suppress(ImageError):
-                    self._open_into(inputs[len(opened)], sample, False)
-                    opened.append(sample)
-            if opened:
-                seeds = [derive_seed(self._seed, "one pass", sample.index) for sample in opened]
-                yield self._batch(_Step(opened, seeds, [False] * len(opened), inputs[: len(opened)]))
+        starts = range(first, last, micro_batch_size)
+        parts = [(start, min(start + micro_batch_size, last)) for start in starts]
+        if not self._num_workers:
+            return self._batches_of(map(self._opened_part, parts))
+        return prefetched(self._batches_of(self._opened_ahead(parts)), STEPS_AHEAD)
+
+    def _opened_ahead(self, parts: Sequence[tuple[int, int]]) -> Iterator[_Step]:
+        """`_opened_part` of each, by as many threads as decode for the training, a little ahead of who asks."""
+        with ThreadPoolExecutor(self._num_workers) as workers:
+            pending: deque[Future[_Step]] = deque()
+            for part in parts:
+                pending.append(workers.submit(self._opened_part, part))
+                if len(pending) > max(STEPS_AHEAD, self._num_workers):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _opened_part(self, part: tuple[int, int]) -> _Step:
+        """Samples [start, stop) in the manifest's order, less those that cannot be opened."""
+        samples = [sample for stretch in self._stretches(*part) for sample in self.read(stretch)]
+        inputs = self._memory.take(len(samples), *self._input_shape)
+        opened: list[Encoded] = []
+        for sample in samples:
+            with suppress(ImageError):
+                self._open_into(inputs[len(opened)], sample, False)
+                opened.append(sample)
+        seeds = [derive_seed(self._seed, "one pass", sample.index) for sample in opened]
+        return _Step(opened, seeds, [False] * len(opened), inputs[: len(opened)])
+
+    def _batches_of(self, steps: Iterable[_Step]) -> Iterator[Batch]:
+        return (self._batch(step) for step in steps if step.samples)
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
         size = self._micro_batch_size

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.errors import UserError
+from cluster.names import check_path_part
 from cluster.progress import PlainLines, clock
 from cluster.terminal import ask, command_line, console, plain, say_starting
 
@@ -170,6 +171,7 @@ def _sweep_recipes(spec: str, overrides: Sequence[str], run: str | None, resume:
     for recipe in recipes:
         check_shards(recipe)
     name = resume or run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--resume" if resume else "--run")
     changes = [word for change in overrides for word in ("--set", change)]
     command = command_line(["medsynth", "sweep", spec, *changes, "--resume", name])
     total = num_trials(loaded)

@@ -36,6 +36,7 @@ from sweeps.guidance_document import FRONT, GRID, SWEEP, GuidanceSweep, SettingR
 from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.pareto import pareto_front
+from trainers import lease
 from trainers.evaluate import (
     EXPERIMENT,
     Request,
@@ -102,7 +103,7 @@ def sweep_guidance(
     the first extractor; alignment is the CLIP score where an extractor reads prompts, else caption alignment. Features
     of real images are kept in `cache`, by default `out`/features. Several workers are Ray actors.
 
-    Raises UserError for what the user can mend, before anything is drawn.
+    Raises UserError for what the user can mend, before anything is drawn; HeldError while another process sweeps there.
     """
     if fidelity not in PAIRED_METRICS:
         raise UserError(f"there is no fidelity '{fidelity}' to sweep by: choose one of {', '.join(PAIRED_METRICS)}")
@@ -125,7 +126,7 @@ def sweep_guidance(
         },
     )
 
-    with workers_of(num_workers, device) as (work, device):
+    with lease.held(out), workers_of(num_workers, device) as (work, device):
         opened = [kept_extractor(uri, device if num_workers == 1 else "cpu") for uri in request.extractors]
         asked = request.document() | {"splits": request_splits, "shards": manifest.digest, "device": device}
         del asked["settings"]

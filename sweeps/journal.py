@@ -1,5 +1,6 @@
 """A sweep's folder: what was tried and what came of it, written as it happens, so that a killed sweep goes on.
 
+SWEEP/lease/                which process conducts the sweep: see trainers/lease.py
 SWEEP/sweep.yaml            the specification
 SWEEP/recipe.yaml           the recipe without any trial's values
 SWEEP/run.json              the MLflow run that records the sweep
@@ -18,7 +19,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from cluster import storage
-from cluster.documents import parsing, read_json
+from cluster.documents import read_json_as, read_text
 from cluster.errors import UserError
 from sweeps.spec import SweepSpec, Trial, dump_spec, load_spec
 from trainers.recipe import Recipe, dump_recipe
@@ -99,7 +100,9 @@ class Journal:
 
     def candidate(self) -> str | None:
         """The model that the alias was moved to when the sweep ended."""
-        return storage.read_bytes(self._candidate).decode() if storage.exists(self._candidate) else None
+        if not storage.exists(self._candidate):
+            return None
+        return read_text(self._candidate, "remove it, and the alias is moved to the best model again")
 
     def note_candidate(self, model_uri: str) -> None:
         storage.write_bytes(self._candidate, model_uri.encode())
@@ -122,9 +125,5 @@ class Journal:
         trials = []
         for name in names:
             uri = storage.join(folder, name)
-            fields = read_json(uri)
-            with parsing(uri):
-                # JSON's keys are words.
-                fields["intermediate"] = {int(step): value for step, value in fields["intermediate"].items()}
-                trials.append(Trial(**fields))
+            trials.append(read_json_as(Trial, uri, "restore it, or remove it to have this trial forgotten"))
         return sorted(trials, key=lambda trial: trial.number)

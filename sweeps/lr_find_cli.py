@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cluster.names import check_path_part
 from cluster.terminal import ask, command_line, plain, say_starting
 from trainers.families import check_shards
 from trainers.recipe import load_recipe
@@ -31,9 +32,10 @@ def run_lr_find(
     # Ray takes seconds to import, and a wrong recipe should not have to wait for it.
     ask(recipe_uri)
     recipe = load_recipe(recipe_uri, overrides)
+    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--run")
     ask(recipe.data.shards)
     check_shards(recipe)
-    name = run or f"{recipe.name}-lr-find-{datetime.now():%Y%m%d-%H%M%S}"
     asked = [recipe_uri, *(word for change in overrides for word in ("--set", change))]
     rates = ["--lr-min", f"{lr_min:g}", "--lr-max", f"{lr_max:g}", "--steps", steps]
     command = command_line(["medsynth", "sweep", "--lr-find", *asked, *rates, "--run", name])

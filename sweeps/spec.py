@@ -125,7 +125,7 @@ class Budget(Block):
 class SweepSpec(Block):
     """Which recipes are tried, and which of them is best."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     recipe: str
     """File or s3:// URI."""
     fixed: dict[str, Any] = Field(default_factory=dict)

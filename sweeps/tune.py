@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.evaluations import KIND, PARENT
+from cluster.names import check_path_part
 from cluster.provenance import git_commit
 from cluster.registry import RegisteredModel
 from cluster.tracking import (
@@ -35,7 +36,6 @@ from cluster.tracking import (
     Tracker,
     TrackingError,
     connect,
-    default_tracking_uri,
     explained,
     find_run,
     without_secrets,
@@ -46,14 +46,17 @@ from sweeps.guidance_document import GuidanceSweep
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
+from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.launch import (
     Progress,
+    RunCutOffError,
     RunStopped,
     TrainedRun,
     check_fits,
     check_recipe,
     finish_run,
+    recorded_by,
     register_run,
     release,
     train_recipe,
@@ -61,7 +64,7 @@ from trainers.launch import (
 from trainers.model_source import sampling_tags
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe, load_recipe
 from trainers.records import FLUSH_SECONDS, RETRY_SECONDS, Records
-from trainers.run_folder import COMPLETE, RunFolder, finished_model
+from trainers.run_folder import RunFolder
 
 CANDIDATE = "candidate"
 ENDED = "medsynth.ended"  # tag of a trial's run: why it was not trained to its end
@@ -116,6 +119,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
     what the user can mend, before anything starts where possible, and SweepStopped when it was interrupted.
     """
     began = time.monotonic()
+    check_path_part(name, "the sweep's name")
     corners = [at_absolute_paths(corner) for corner in space.check(spec)]
     recipe = space.recipe_of(spec, {})
     runtime.check_outlives_job(recipe.cluster.storage)
@@ -133,11 +137,13 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
         )
     if not is_new and not previous:
         raise UserError(f"there is no sweep at {journal.uri} to resume")
-    storage.check_writable(journal.uri)
     workers = [r.cluster.max_workers + (r.fidelity is not None) for r in corners]
-    with runtime.connect(
-        min_cpus=max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
-    ):
+    min_cpus = max(number * r.cluster.cpus_per_worker for number, r in zip(workers, corners, strict=True))
+
+    def on_waiting(silent: float, limit: float) -> None:
+        watch.say(f"{journal.uri} has an owner that gives no sign of life: it is taken over in {limit - silent:.0f} s")
+
+    with lease.held(journal.uri, on_waiting), runtime.connect(min_cpus=min_cpus):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         limit = space.concurrency(spec, corners, nodes, grows=runtime.grows())
         for corner in corners:
@@ -160,7 +166,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
                     journal.shared_run,
                     on_progress=show_shared,
                     on_stop_requested=lambda: watch.say("Stopping: saving the state. Ctrl-C again to give up on it."),
-                    stages=shared,
+                    until=shared[-1],
                     tags={PARENT: tracker.run_id, KIND: "shared"},
                 )
             conductor = _Conductor(spec, corners, journal, tracker, watch, recording, limit, began)
@@ -189,8 +195,10 @@ def _begin(
 ) -> Tracker:
     """The MLflow run this sweep began with, if it is resumed; else a new one that says what will be tried."""
     if previous:
-        known, here = previous["tracking_uri"], default_tracking_uri()
-        return Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+        RunFolder(journal.uri).follow(recipe)
+        recorded = recorded_by(previous)
+        recorded.check_is_there("restore it, mend MLFLOW_TRACKING_URI, or begin a new sweep")
+        return Tracker.resume(recorded.run_id, recorded.tracking_uri)
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
         run_name=journal.name,
@@ -664,7 +672,8 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
         await_mlflow()
         shared_run = RunFolder(storage.join(journal.uri, journal.shared_run))
         for shared in setting.shared:
-            _copy_model(shared_run, run, shared)
+            if not run.has_model(shared):
+                run.take_model(shared, shared_run)
         if setting.shared:
             run.borrow_precomputed(shared_run)
         trained = train_recipe(
@@ -685,7 +694,13 @@ def _run_trial(config: dict[str, Any], *, setting: _Setting) -> None:
             sys.exit()
     except storage.NotFoundError as error:
         tell("failed", reason=str(error))
-    except (storage.StorageError, TrackingError):  # may be over in a moment: Tune starts the trial again
+    except (
+        storage.StorageError,
+        TrackingError,
+        RunCutOffError,
+        lease.HeldError,
+        lease.LostError,
+    ):  # may be over in a moment: Tune starts the trial again
         raise
     except (UserError, _Diverged) as error:
         tell("failed", reason=str(error))
@@ -720,14 +735,3 @@ def _judge_at_best_guidance(
     trained.tracker.log_metrics(figures, step)
     trained.tracker.log_params({f"guidance.{name}": value for name, value in found.best.setting.items()})
     log_files(trained.tracker, out)
-
-
-def _copy_model(source: RunFolder, target: RunFolder, stage: str) -> None:
-    """Give a run the finished model of another's stage, so that it is not trained again."""
-    if target.has_model(stage):
-        return
-    with finished_model(source.model(stage)) as folder:
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name != COMPLETE:
-                storage.upload_file(path, storage.join(target.model(stage), path.relative_to(folder).as_posix()))
-        target.mark_complete(stage, (folder / COMPLETE).read_text())

@@ -41,8 +41,10 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
     for name in ("model", "ema"):
         tensors = {weight: value.contiguous() for weight, value in state[name].items()}
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
-    torch.save(state["optimizer"], folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps(state["state"]) + "\n")
+    with (folder / "optimizer.pt").open("wb") as file:  # given a path, torch does not say why it cannot be written
+        torch.save(state["optimizer"], file)
+    counts = {name: int(value) for name, value in state["state"].items()}
+    (folder / "state.json").write_text(json.dumps(counts) + "\n")
 
 
 @torch.no_grad()
@@ -54,7 +56,8 @@ def load(folder: Path, *, model: nn.Module, ema: EMA, optimizer: torch.optim.Opt
     state = _read_state(folder)
     _fill(folder, trained_state(model), load_tensors(folder / "model.safetensors"))
     _fill(folder, ema.average, load_tensors(folder / "ema.safetensors"))
-    ema.num_updates = state["ema_updates"]
+    with parsing(str(folder / "state.json")):
+        ema.num_updates.fill_(state["ema_updates"])
     path = folder / "optimizer.pt"
     document = load_pickled(path)
     with parsing(str(path)):

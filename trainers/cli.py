@@ -9,6 +9,7 @@ import typer
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.names import check_path_part
 from cluster.progress import TimeLeft, progress_lines
 from cluster.terminal import ask, command_line, console, plain, say_starting
 from trainers.evaluation_options import check_model
@@ -44,9 +45,10 @@ def train(
 
     ask(recipe)
     loaded = load_recipe(recipe, overrides or [])
+    name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_path_part(name, "--run")
     ask(loaded.data.shards)
     check_shards(loaded)
-    name = run or f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     changes = [word for change in overrides or [] for word in ("--set", change)]
     command = command_line(["medsynth", "train", recipe, *changes, "--run", name])
     workers = " to ".join(str(number) for number in dict.fromkeys(loaded.cluster.worker_range))

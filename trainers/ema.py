@@ -20,16 +20,26 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.num_updates = 0
         self.average = {name: value.detach().clone().float() for name, value in _weights(model).items()}
+        devices = [value.device for value in self.average.values()]
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's present weights."""
-        self.num_updates += 1
-        decay = ramped_decay(self.decay, self.num_updates)
+    def update(self, model: nn.Module, applied: Tensor | bool = True) -> None:
+        """Move the average towards the model's present weights, if the step that led to them was applied.
+
+        Whether it was may still be on its way from the device: nobody waits for it.
+        """
+        self.num_updates += applied
+        averages = list(self.average.values())
         weights = [value.detach().float() for value in _weights(model).values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        if self.decay == 0:  # the average is the weights, bit for bit
+            torch._foreach_copy_(averages, weights)
+            return
+        decay = ((1 + self.num_updates) / (10 + self.num_updates)).clamp(max=self.decay)  # `ramped_decay`
+        changes = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(changes, (1 - decay) * applied)
+        torch._foreach_add_(averages, changes)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

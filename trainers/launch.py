@@ -4,7 +4,6 @@ The only module of this folder that imports Ray, but for exporter.py.
 """
 
 import io
-import json
 import logging
 import os
 import platform
@@ -12,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,12 +29,12 @@ from torch import Tensor
 
 from cluster import runtime, storage
 from cluster.checksums import checksums
-from cluster.documents import parsing, read_json
-from cluster.errors import UserError, first_line
+from cluster.errors import UserError, did_you_mean, first_line, no_room
 from cluster.provenance import git_commit
 from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
 from data_shards import Manifest
-from trainers.checkpoint_folders import checkpoint_folder
+from trainers import lease
+from trainers.checkpoint_folders import checkpoint_folder, resume_point, seal, step_of
 from trainers.engines import Saving
 from trainers.exporter import Exporter
 from trainers.families import family_of
@@ -44,8 +43,8 @@ from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.records import Records, Report
-from trainers.run_folder import RunFolder
+from trainers.records import Records, Report, read_waiting
+from trainers.run_folder import Registration, RunFolder
 from trainers.worker import train_rank
 
 logger = logging.getLogger(__name__)
@@ -81,6 +80,10 @@ class TrainedRun:
     failures: Mapping[str, str]  # what failed beside the training, and why
 
 
+class RunCutOffError(UserError):
+    """What the run needs gave out, such as its storage: when that is back, the same command goes on."""
+
+
 class RunStopped(Exception):  # noqa: N818 - what happened, not what went wrong
     """The run was asked to stop, has saved its state, and goes on when started again under its name."""
 
@@ -92,30 +95,40 @@ def train_recipe(
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
     on_starting: Callable[[str], None] = lambda what: None,
-    stages: Sequence[str] | None = None,
+    until: str | None = None,
     start_from: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> TrainedRun:
     """Train every stage, then export and register the model. A run that was stopped goes on under its name.
 
-    With `stages`, only these are trained, what the next one reads is prepared, and nothing is registered. The last one
-    goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the MLflow run, when it begins.
+    With `until`, the name of a stage, those up to it are trained, what the next one reads is prepared, and nothing is
+    registered. The last one goes on from another run's checkpoint, `start_from`, if one is given. `tags` are of the
+    MLflow run, when it begins.
 
-    Raises UserError for what the user can mend, before any training where possible, and RunStopped when it
-    was interrupted (Ctrl-C) and has saved its state; `on_stop_requested` is called when the saving begins.
-    `on_starting` is told of what takes seconds, or minutes on a busy machine, before it tells of itself.
+    Raises UserError for what the user can mend, before any training where possible (HeldError, with nothing changed,
+    while another process trains the run), and RunStopped when it was interrupted (Ctrl-C) and has saved its state;
+    `on_stop_requested` is called when the saving begins. `on_starting` is told of what takes seconds, or minutes on a
+    busy machine, before it tells of itself.
     """
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
+    run = RunFolder.of(recipe, run_name)
     family = family_of(recipe)
     manifest = check_recipe(recipe)
-    run = RunFolder.of(recipe, run_name)
-    storage.check_writable(run.uri)
+    _check_left(run, run.previous(recipe, family.STAGES[-1]))
     cluster, fidelity = recipe.cluster, recipe.fidelity
-    trained = tuple(stages or family.STAGES)
+    trained = _stages_until(family.STAGES, until)
     num_processes = cluster.min_workers + (fidelity is not None)
+
+    def on_waiting(silent: float, limit: float) -> None:
+        what = f"{run.uri} has an owner that gives no sign of life: seconds until it is taken over"
+        on_progress(Progress(what, int(silent), int(limit), {}, is_preparation=True))
+
     on_starting("Ray")
-    with runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker):
+    with (
+        lease.held(run.uri, on_waiting) as own,
+        runtime.connect(min_cpus=num_processes * cluster.cpus_per_worker),
+    ):
         runtime.check_capacity(
             num_workers=cluster.min_workers,
             cpus_per_worker=cluster.cpus_per_worker,
@@ -125,36 +138,76 @@ def train_recipe(
         )
         check_fits(recipe)
         tracker = _begin(recipe, manifest, run, run_name, tags or {})
-        status: Status = "FAILED"
+        status: Status | None = "FAILED"
 
         def on_preparing(what: str, done: int, total: int) -> None:
+            own.check()
             on_progress(Progress(what, done, total, {}, is_preparation=True))
 
         try:
             release(run)
             for stage in trained:
+                own.check()
                 if not run.has_model(stage):
                     family.prepare(recipe, stage, run, on_preparing)
+                if not run.has_model(stage):
                     begin = start_from if stage == trained[-1] else None
                     training = family.training_of(recipe, stage)
                     on_starting(f"{stage}: the first report comes at step {training.log_every_steps}")
-                    _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
+                    _train_stage(recipe, stage, manifest, run, tracker, own, begin, on_progress, on_stop_requested)
+            own.check()
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
             on_starting("export and registration")
-            model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
+            model_uri = run.model(trained[-1]) if until else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
+        except lease.LostError:
+            status = None  # it is for whoever took over to say
+            raise
         except (RunStopped, KeyboardInterrupt):
             status = "KILLED"
             raise
-        except Exception:
+        except Exception as error:
             # Whoever asked it to stop may have ended what it needs to stop in order, as Ray Tune does.
-            if run.stop_requested():
-                status = "KILLED"
+            with suppress(storage.StorageError):
+                status = "KILLED" if run.stop_requested() else status
+            if reason := _outside_reason(error):
+                raise RunCutOffError(
+                    f"run {run_name} cannot go on: {reason}; when that is mended, the same command goes on from its "
+                    "latest checkpoint"
+                ) from None
             raise
         finally:
-            finish_run(tracker, status)
+            if status is not None:
+                finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
+
+
+def _stages_until(stages: Sequence[str], until: str | None) -> tuple[str, ...]:
+    """The stages up to one of them; each reads what the one before made. Raises UserError if none is so named."""
+    if until is None:
+        return tuple(stages)
+    if until not in stages:
+        raise UserError(f"there is no stage '{until}': {did_you_mean(until, stages)}there are {', '.join(stages)}")
+    return tuple(stages[: stages.index(until) + 1])
+
+
+def _check_left(run: RunFolder, mlflow_run: Mapping[str, str] | None) -> None:
+    """Raise UserError now for what an earlier start has left, and cannot be used."""
+    run.placement_group()
+    read_waiting(run)
+    if mlflow_run:
+        marker = storage.join(run.uri, "run.json")
+        recorded_by(mlflow_run).check_is_there(
+            f"restore it, as with 'mlflow runs restore --run-id {mlflow_run['run_id']}', mend MLFLOW_TRACKING_URI, or "
+            f"remove {marker} to go on with a new one"
+        )
+
+
+def recorded_by(mlflow_run: Mapping[str, str]) -> Tracker:
+    """The record of a run names its server without a password; the environment may know that."""
+    known, here = mlflow_run["tracking_uri"], default_tracking_uri()
+    return Tracker(here if without_secrets(here) == known else known, mlflow_run["run_id"])
 
 
 def finish_run(tracker: Tracker, status: Status) -> None:
@@ -206,11 +259,13 @@ def _begin(
 ) -> Tracker:
     """The MLflow run this run began with, if it is resumed; else a new one that says what will be done."""
     run.clear_stop()
-    if previous := run.previous(recipe):
-        # The record of a run names its server without a password; the environment may know that.
-        known, here = previous["tracking_uri"], default_tracking_uri()
-        tracker = Tracker.resume(previous["run_id"], here if without_secrets(here) == known else known)
+    last_stage = family_of(recipe).STAGES[-1]
+    if previous := run.previous(recipe, last_stage):
+        recorded = recorded_by(previous)
+        run.follow(recipe, last_stage)
+        tracker = Tracker.resume(recorded.run_id, recorded.tracking_uri)
         Records(run, tracker).flush(seconds=0)
+        tracker.log_text(dump_recipe(recipe), "recipe.yaml")
         return tracker
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
@@ -249,17 +304,56 @@ def _train_stage(
     manifest: Manifest,
     run: RunFolder,
     tracker: Tracker,
+    own: lease.Lease,
     start_from: str | None,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
 ) -> None:
     """Train one stage under Ray Train and put its model into the run's folder."""
+    training, cluster = family_of(recipe).training_of(recipe, stage), recipe.cluster
+    data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
+    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
+    found = resume_point(storage.join(run.uri, stage), ray.__version__, partial(_say_skipped, stage))
+    if found and step_of(found) >= training.steps:
+        checkpoint = _checkpoint_at(found)
+        if _is_measured(recipe, stage, step_of(found)):
+            measure(checkpoint, step=step_of(found))
+    else:
+        trainer, reports = _trainer(recipe, stage, run, tracker, found or start_from, measure)
+        result = _fit(trainer, run, own, reports, on_progress, on_stop_requested)
+        if result.checkpoint is None or result.metrics is None or result.metrics["step"] < training.steps:
+            raise RunStopped
+        checkpoint = result.checkpoint
+        records = Records(run, tracker)
+        # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the
+        # same.
+        records.add(_report(stage, result.metrics))
+        records.flush()
+    resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
+    runtime.call(_export_stage, recipe, stage, run, checkpoint, **resources)
+
+
+def _say_skipped(stage: str, name: str, reason: str) -> None:
+    logger.warning("%s/%s is passed over: %s", stage, name, reason)
+
+
+def _checkpoint_at(uri: str) -> ray.train.Checkpoint:
+    filesystem, path = storage.arrow_filesystem(uri)
+    return ray.train.Checkpoint(path, filesystem)
+
+
+def _trainer(
+    recipe: Recipe,
+    stage: str,
+    run: RunFolder,
+    tracker: Tracker,
+    start_from: str | None,
+    measure: Callable[..., dict[str, float]],
+) -> tuple[ray.train.torch.TorchTrainer, Queue]:
+    """What trains a stage, and where its reports arrive."""
     cluster, steps = recipe.cluster, family_of(recipe).training_of(recipe, stage).steps
     filesystem, storage_path = storage.arrow_filesystem(run.uri)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": runtime.here()})
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-    data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
-    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
     beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE, "label_selector": runtime.off_spot()}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
@@ -267,7 +361,7 @@ def _train_stage(
         num_workers=cluster.worker_range if cluster.is_elastic else cluster.min_workers,  # type: ignore[arg-type]
         elastic_resize_monitor_interval_s=cluster.resize_seconds,
         use_gpu=cluster.use_gpu,
-        resources_per_worker=resources,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
     )
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
@@ -291,15 +385,7 @@ def _train_stage(
         ),
         validation_config=validation,  # type: ignore[call-arg] # Ray declares the trainer of its first version here.
     )
-    result = _fit(trainer, run, reports, on_progress, on_stop_requested)
-    if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
-        raise RunStopped
-    records = Records(run, tracker)
-    # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the same.
-    records.add(_report(stage, result.metrics))
-    records.flush()
-    resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
-    runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
+    return trainer, reports
 
 
 def release(run: RunFolder) -> None:
@@ -307,13 +393,14 @@ def release(run: RunFolder) -> None:
 
     Ray Train does so by itself only where Ray's dashboard runs.
     """
-    if storage.exists(run.placement):
-        runtime.remove_placement_group(storage.read_bytes(run.placement).decode())
+    if group := run.placement_group():
+        runtime.remove_placement_group(group)
 
 
 def _fit(
     trainer: ray.train.torch.TorchTrainer,
     run: RunFolder,
+    own: lease.Lease,
     reports: Queue,
     on_progress: Callable[[Progress], None],
     on_stop_requested: Callable[[], None],
@@ -322,7 +409,7 @@ def _fit(
 
     So does whatever `on_progress` raises, which is raised again when the ranks have ended. Ray's own handler of Ctrl-C
     would abort at once and lose the steps since the last checkpoint. It is only installed on the main thread, so
-    training is awaited on another.
+    training is awaited on another. Raises LostError at once if the run is no longer this process's own.
     """
     outcome: SimpleQueue[ray.train.Result | BaseException] = SimpleQueue()
 
@@ -337,6 +424,7 @@ def _fit(
     stopping = False
     refusal: Exception | None = None
     while thread.is_alive() or not reports.empty():
+        own.check()
         try:
             thread.join(timeout=POLL_SECONDS)
             for report in reports.get_nowait_batch(reports.qsize()):
@@ -357,6 +445,34 @@ def _fit(
     if isinstance(result, BaseException):
         raise getattr(result, "controller_failure", result) from None
     return result
+
+
+def _outside_reason(error: BaseException) -> str | None:
+    """In a line, what gave out if that is why a run ended: storage, room on a disk, memory, machines; else None."""
+    failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
+    restarts = "after as many restarts as cluster.max_failures allows, " if failures else ""
+    for one in [*failures.values(), error]:
+        original = getattr(one, "_base_exc", one)
+        if reason := no_room(original):
+            return restarts + (reason if "room" in reason else f"there is no room left ({reason})")
+        if storage.is_outage(original):
+            return restarts + str(original)
+        if isinstance(original, torch.OutOfMemoryError):
+            return f"{restarts}a rank ran out of its GPU's memory: lower micro_batch_size ({first_line(original)})"
+        if isinstance(original, RayError) and not isinstance(original, RayTaskError):
+            return f"{restarts}a rank's process or machine was lost, as when memory runs out ({first_line(original)})"
+    return None
+
+
+@contextmanager
+def _room_is_users() -> Iterator[None]:
+    """A disk that is full is the user's to mend: no restart of the ranks would. Raises UserError for that."""
+    try:
+        yield
+    except Exception as error:
+        if reason := no_room(error):
+            raise UserError(f"there is no room left on {platform.node()}, or where it writes ({reason})") from None
+        raise
 
 
 def _hopeless(error: object) -> UserError | None:
@@ -412,8 +528,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and config["start_from"]:
-        filesystem, path = storage.arrow_filesystem(config["start_from"])
-        checkpoint = ray.train.Checkpoint(path, filesystem)
+        checkpoint = _checkpoint_at(config["start_from"])
     if rank == 0:
         storage.write_bytes(run.placement, runtime.current_placement_group().encode())
     with (
@@ -423,15 +538,16 @@ def _train_worker(config: dict[str, Any]) -> None:
     ):
         logger.info("the rank begins")
         try:
-            train_rank(
-                recipe,
-                config["stage"],
-                run,
-                device=ray.train.torch.get_device(),
-                report=report,
-                resume_from=Path(resume_from) if resume_from else None,
-                save_requested=save_requested,
-            )
+            with _room_is_users():
+                train_rank(
+                    recipe,
+                    config["stage"],
+                    run,
+                    device=ray.train.torch.get_device(),
+                    report=report,
+                    resume_from=Path(resume_from) if resume_from else None,
+                    save_requested=save_requested,
+                )
         except Exception as error:
             logger.exception("the rank ends with an error")
             if isinstance(error, DivergedError):
@@ -442,9 +558,12 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-    """Beside the training: wait until the checkpoint is written, and put it into the run's folder."""
-    written.result()
-    persisted: ray.train.Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    """Beside the training: wait until the checkpoint is written, and put it into the run's folder, with checksums."""
+    context = ray.train.get_context()
+    with _room_is_users():
+        written.result()
+        seal(Path(checkpoint.path), context.get_world_rank())
+        persisted: ray.train.Checkpoint = context.get_storage().persist_current_checkpoint(checkpoint, name)
     return persisted
 
 
@@ -544,19 +663,27 @@ def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.C
 
 
 def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tracker) -> str:
-    """Make the finished model a version of the recipe's registered model, once, and return its URI."""
-    name = recipe.tracking.register_as
+    """Make the finished model a version of the recipe's registered model, once, and return its URI.
+
+    The same model may be registered under other names too, and one that was trained longer is another model.
+    """
+    name, family = recipe.tracking.register_as, family_of(recipe)
+    model = run.model(family.STAGES[-1])
     if name is None:
-        return run.model(family_of(recipe).STAGES[-1])
-    marker = storage.join(run.uri, "registered.json")
-    if storage.exists(marker):
-        document = read_json(marker)
-        with parsing(marker):
-            return str(document["model_uri"])
+        return model
+    steps = family.training_of(recipe, family.STAGES[-1]).steps
+    known = run.registrations()
+    for one in known:
+        if (one.name, one.steps) == (name, steps):
+            return one.model_uri
     # It takes all that draws pictures, for seconds, and workers import this module too.
+    from cluster.registry import MODEL_FOLDER
     from trainers.registration import register_model
 
-    version = register_model(recipe, manifest, run.model(family_of(recipe).STAGES[-1]), tracker, name=name)
+    # The files of a registered version never change.
+    is_first = all(one.steps == steps for one in known)
+    folder = MODEL_FOLDER if is_first else f"{MODEL_FOLDER}-{steps}-steps"
+    version = register_model(recipe, manifest, model, tracker, name=name, artifact_folder=folder)
     model_uri = f"models:/{name}/{version}"
-    storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
+    run.note_registration(Registration(name, steps, model_uri))
     return model_uri

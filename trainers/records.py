@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from cluster import storage
-from cluster.documents import parsing, read_json
+from cluster.documents import read_json_as
 from cluster.errors import first_line
 from cluster.tracking import Tracker, TrackingError, connect
 from trainers.run_folder import RunFolder
@@ -29,6 +29,15 @@ class Report:
     has_picture: bool
 
 
+def read_waiting(run: RunFolder) -> list[Report]:
+    """The reports in the run's folder. Raises UserError if that file is damaged."""
+    if not storage.exists(run.unrecorded):
+        return []
+    return read_json_as(
+        list[Report], run.unrecorded, "restore it, or remove it: MLflow never knows the reports in it then"
+    )
+
+
 class Records:
     """The one writer of a run's reports: the controller while it trains, the launcher before and after."""
 
@@ -37,9 +46,7 @@ class Records:
         self._tracker = tracker
         self._next_try = 0.0
         self._is_saved = storage.exists(run.unrecorded)
-        document = read_json(run.unrecorded) if self._is_saved else []
-        with parsing(run.unrecorded):
-            self._waiting = [Report(**report) for report in document]
+        self._waiting = read_waiting(run)
 
     def add(self, report: Report) -> int:
         """Tell MLflow of the report and of those that wait; return how many wait after that.

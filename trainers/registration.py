@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from cluster.registry import CODE_FOLDER, describe_pyfunc, register
+from cluster.registry import CODE_FOLDER, MODEL_FOLDER, describe_pyfunc, register
 from cluster.tracking import Tracker
 from data_shards import Manifest
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe
@@ -31,10 +31,19 @@ REQUIREMENTS = (
 )
 
 
-def register_model(recipe: Recipe, manifest: Manifest, model: str, tracker: Tracker, *, name: str) -> int:
+def register_model(
+    recipe: Recipe,
+    manifest: Manifest,
+    model: str,
+    tracker: Tracker,
+    *,
+    name: str,
+    artifact_folder: str = MODEL_FOLDER,
+) -> int:
     """Make the finished pipeline at `model` (a folder or s3:// prefix) the next version of the registered model `name`.
 
-    Weights go from `model` to MLflow as they are: only what lies beside them is written first, to a folder of its own.
+    Its files are the run's artifacts in `artifact_folder`. Weights go there from `model` as they are: only what lies
+    beside them is written first, to a folder of its own.
     """
     run = tracker.client.get_run(tracker.run_id)
     commit = run.data.tags.get("git_commit", "unknown")
@@ -53,11 +62,11 @@ def register_model(recipe: Recipe, manifest: Manifest, model: str, tracker: Trac
         )
         (beside / "README.md").write_text(card)
         (beside / "recipe.yaml").write_text(dump_recipe(recipe))
-        write_serving(beside, tracker)
-        return register(tracker, [pipeline, beside], name=name, tags=tags)
+        write_serving(beside, tracker, artifact_folder)
+        return register(tracker, [pipeline, beside], name=name, tags=tags, artifact_folder=artifact_folder)
 
 
-def write_serving(folder: Path, tracker: Tracker) -> None:
+def write_serving(folder: Path, tracker: Tracker, artifact_folder: str = MODEL_FOLDER) -> None:
     """Write what MLflow needs to serve the pipeline that `folder` is uploaded beside, the weights excepted."""
     root = Path(__file__).parents[1]
     for package in CODE_PACKAGES:
@@ -71,7 +80,9 @@ def write_serving(folder: Path, tracker: Tracker) -> None:
     (folder / "requirements.txt").write_text("".join(pinned))
     environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (folder / "python_env.yaml").write_text(yaml.safe_dump(environment))
-    describe_pyfunc(folder, code_file="serving.py", signature=SIGNATURE, tracker=tracker)
+    describe_pyfunc(
+        folder, code_file="serving.py", signature=SIGNATURE, tracker=tracker, artifact_folder=artifact_folder
+    )
 
 
 def model_card(

@@ -1,7 +1,9 @@
 """A run's folder: what is where, and what was decided when the run began.
 
+RUN/lease/          which process owns the run: see lease.py
 RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
+RUN/registered.json what its model was registered as
 RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
 RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
@@ -14,30 +16,51 @@ RUN/stacks/         where the threads of a rank stood that was ended because it 
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from cluster import storage
 from cluster.checksums import check_folder
-from cluster.documents import parsing, read_json, read_yaml
+from cluster.documents import read_json_as, read_text
 from cluster.errors import UserError
-from trainers.recipe import Recipe, dump_recipe
+from cluster.names import check_path_part
+from trainers.checkpoint_folders import complete_checkpoints
+from trainers.recipe import Recipe, dump_recipe, load_recipe
 
 COMPLETE = "COMPLETE"  # written into a model's folder when all else is there: the checksums of the rest
+MAY_DIFFER = re.compile(
+    r"(cluster|tracking)\..+|name|data\.num_workers|data\.cache.*"
+    r"|\w+\.training\.(micro_batch_size|(log|validate|preview|checkpoint)_every_steps)"
+)
+"""Keys of a recipe that a run may be started again with other values of: the weights that it comes to are the same."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A finished model, trained for so many steps, as a version of a registered model."""
+
+    name: str
+    steps: int
+    model_uri: str
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names and small files of one run; everything may be s3://."""
+    """Names and small files of one run; everything may be s3://.
+
+    Reading one that is damaged raises UserError: which file it is, what is wrong, and what to do.
+    """
 
     uri: str
 
     @classmethod
     def of(cls, recipe: Recipe, run_name: str) -> "RunFolder":
+        """Raises UserError if a run cannot have this name."""
+        check_path_part(run_name, "the run's name")
         return cls(storage.join(recipe.cluster.storage, run_name))
 
     @property
@@ -56,6 +79,17 @@ class RunFolder:
         """`sums` are the checksums of the model's files, by which `finished_model` knows them."""
         storage.write_bytes(storage.join(self.model(stage), COMPLETE), sums.encode())
 
+    def take_model(self, stage: str, source: "RunFolder") -> None:
+        """Copy the finished model of another run's stage, so that it is not trained again.
+
+        Raises UserError if its files are not those that were finished.
+        """
+        with finished_model(source.model(stage)) as folder:
+            for path in folder.rglob("*"):
+                if path.is_file() and path.name != COMPLETE:
+                    storage.upload_file(path, storage.join(self.model(stage), path.relative_to(folder).as_posix()))
+            self.mark_complete(stage, (folder / COMPLETE).read_text())
+
     def picture(self, stage: str, step: int) -> str:
         return storage.join(self.uri, "pictures", f"{stage}-{step:06d}.png")
 
@@ -66,17 +100,18 @@ class RunFolder:
         storage.write_bytes(storage.join(self.uri, "recipe.yaml"), dump_recipe(recipe).encode())
         storage.write_bytes(storage.join(self.uri, "run.json"), json.dumps(mlflow_run).encode())
 
-    def previous(self, recipe: Recipe) -> dict[str, str] | None:
+    def previous(self, recipe: Recipe, last_stage: str = "") -> dict[str, str] | None:
         """The MLflow run of an earlier start of this run, or None if this is the first.
 
-        Raises UserError if the earlier start followed another recipe (its cluster settings may differ).
+        Raises UserError if the earlier start followed another recipe. Keys that do not touch the training may differ,
+        and `last_stage` may be trained longer.
         """
         run = self.mlflow_run()
         if run is None:
             return None
-        began_with = read_yaml(storage.join(self.uri, "recipe.yaml"))
-        now = yaml.safe_load(dump_recipe(recipe))
-        changed = [key for key in _differences(began_with, now) if not key.startswith("cluster.")]
+        before, now = self.began_with().model_dump(mode="json"), recipe.model_dump(mode="json")
+        longer = f"{last_stage}.training.steps" if _is_longer(before, now, last_stage) else None
+        changed = [key for key in _differences(before, now) if not MAY_DIFFER.fullmatch(key) and key != longer]
         if changed:
             raise UserError(
                 f"{self.uri} was begun with another recipe; {', '.join(changed[:5])} differ: "
@@ -84,19 +119,65 @@ class RunFolder:
             )
         return run
 
+    def began_with(self) -> Recipe:
+        """The recipe of the run's latest start. Raises UserError if it cannot be read."""
+        uri = storage.join(self.uri, "recipe.yaml")
+        try:
+            return load_recipe(uri)
+        except UserError as error:
+            if storage.is_outage(error):
+                raise
+            raise UserError(
+                f"{error}; restore it (it is the artifact recipe.yaml of the MLflow run), or choose another --run name"
+            ) from None
+
+    def follow(self, recipe: Recipe, last_stage: str = "") -> None:
+        """Go on by this recipe, which `previous` has taken: from now on it is the run's.
+
+        Raises UserError where the last stage is to be trained longer, and no checkpoint is left to do so from.
+        """
+        before = self.began_with()
+        if before == recipe:
+            return
+        if self.has_model(last_stage) and _is_longer(before.model_dump(), recipe.model_dump(), last_stage):
+            stage = storage.join(self.uri, last_stage)
+            if not complete_checkpoints(storage.list_files(stage)):
+                raise UserError(f"{stage} has no checkpoint to be trained longer from: choose another --run name")
+            storage.delete(storage.join(self.model(last_stage), COMPLETE))
+        storage.write_bytes(storage.join(self.uri, "recipe.yaml"), dump_recipe(recipe).encode())
+
     def mlflow_run(self) -> dict[str, str] | None:
         """run_id and tracking_uri of the MLflow run that records it; None before it began."""
         marker = storage.join(self.uri, "run.json")
         if not storage.exists(marker):
             return None
-        document = read_json(marker)
-        with parsing(marker):
-            return {key: str(document[key]) for key in ("run_id", "tracking_uri")}
+        document = read_json_as(dict[str, str], marker, "restore it, or choose another --run name")
+        try:
+            return {key: document[key] for key in ("run_id", "tracking_uri")}
+        except KeyError as error:
+            raise UserError(f"{marker} lacks {error}: restore it, or choose another --run name") from None
+
+    @property
+    def _registered(self) -> str:
+        return storage.join(self.uri, "registered.json")
+
+    def registrations(self) -> list[Registration]:
+        """What the run's models were registered as."""
+        if not storage.exists(self._registered):
+            return []
+        remedy = "restore it, or, if the run was never trained longer, remove it: its version is found by the run"
+        return read_json_as(list[Registration], self._registered, remedy)
+
+    def note_registration(self, one: Registration) -> None:
+        document = [asdict(known) for known in [*self.registrations(), one]]
+        storage.write_bytes(self._registered, json.dumps(document).encode())
 
     @property
     def precomputed(self) -> str:
         """The precomputed set that the run's last stage reads."""
-        return storage.read_bytes(self._borrowed).decode() if self.borrows_precomputed else self._own_precomputed
+        if not self.borrows_precomputed:
+            return self._own_precomputed
+        return read_text(self._borrowed, "remove it, and the run encodes its images itself")
 
     @property
     def borrows_precomputed(self) -> bool:
@@ -125,6 +206,18 @@ class RunFolder:
     def placement(self) -> str:
         return storage.join(self.uri, "placement")
 
+    def placement_group(self) -> str | None:
+        """The id of the placement group that the run's ranks train in, or trained in last; None if there was none."""
+        if not storage.exists(self.placement):
+            return None
+        content = storage.read_bytes(self.placement)
+        if not re.fullmatch(rb"([0-9a-f]{2})*", content):
+            raise UserError(
+                f"{self.placement} is damaged: it is no id of a placement group; remove it, when no rank of an earlier "
+                "start is left on the Ray cluster"
+            )
+        return content.decode() or None
+
     @property
     def unrecorded(self) -> str:
         return storage.join(self.uri, "unrecorded.json")
@@ -148,8 +241,22 @@ def finished_model(uri: str) -> Iterator[Path]:
     """
     with storage.local_folder(uri) as folder:
         if (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
-            check_folder(folder, sums, uri, ignoring=(COMPLETE,))
+            try:
+                check_folder(folder, sums, uri, ignoring=(COMPLETE,))
+            except UserError as error:
+                marker = storage.join(uri, COMPLETE)
+                anew = f"if it is a run's, remove {marker}: the run's next start writes it from the latest checkpoint"
+                raise UserError(f"{error}; {anew}") from None
         yield folder
+
+
+def _is_longer(before: Mapping[str, Any], now: Mapping[str, Any], stage: str) -> bool:
+    """Whether the second recipe trains the stage on, with a learning rate that does not depend on where it ends."""
+    if stage not in before or stage not in now:
+        return False
+    training: Mapping[str, Any] = now[stage]["training"]
+    is_test = training["learning_rate_schedule"] == "exponential"
+    return bool(training["steps"] > before[stage]["training"]["steps"]) and not is_test
 
 
 def _differences(before: object, after: object, prefix: str = "") -> list[str]:

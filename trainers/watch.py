@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from cluster.errors import UserError
 from cluster.progress import PlainLines, TimeLeft
 from cluster.terminal import command_line, plain
 from trainers.families import family_of
@@ -120,12 +121,14 @@ def watching(console: Console, command: str, time_left: TimeLeft | None = None) 
 
     If the run is interrupted, say that `command` goes on with it, and exit.
     """
-    from trainers.launch import RunStopped
+    from trainers.launch import RunCutOffError, RunStopped
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is being interrupted: save first
     try:
         with Watch(console, time_left) as watch:
             yield watch
+    except RunCutOffError as error:
+        raise UserError(f"{error}: {command}") from None
     except RunStopped:
         console.print(f"Stopped and saved. To go on: {plain(command)}", soft_wrap=True)
         raise typer.Exit(130) from None

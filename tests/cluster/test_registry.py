@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from cluster.errors import UserError
 from cluster.registry import DIGEST_TAG, RegisteredModel, Version, model_folder, register
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, default_tracking_uri
 from tests.conftest import named_store
 
 
@@ -46,6 +46,20 @@ def register_version(number: int, name: str) -> int:
     version = register(tracker, [folder, beside], name=name, tags={"number": str(number)})
     assert register(tracker, [folder, beside], name=name, tags={}) == version, "a run has one version"
     return version
+
+
+def test_another_name_for_a_runs_model_changes_no_file_of_the_first(name: str) -> None:
+    _, first = RegisteredModel.of(f"models:/{name}/1")
+    assert first.run_id is not None
+    tracker, folder = Tracker(default_tracking_uri(), first.run_id), Path("other")
+    folder.mkdir()
+    (folder / "card").write_text("of another name")
+    assert register(tracker, [folder], name=f"{name}-other", tags={}) == 1
+    assert register(tracker, [folder], name=name, tags={}, artifact_folder="model-12-steps") == 3
+    cards = {f"{name}/1": "of version 1", f"{name}-other/1": "of version 1", f"{name}/3": "of another name"}
+    for uri, card in cards.items():
+        with model_folder(f"models:/{uri}") as found:  # which checks the digests
+            assert (found / "card").read_text() == card
 
 
 def test_registered_models_are_found_by_version_alias_and_run(name: str) -> None:

@@ -222,3 +222,10 @@ def test_a_read_that_stands_still_is_asked_for_again(
     storage.write_bytes(f"{bucket}/x", bytes(100_000))
     proxy.decide = lambda method, path: None if proxy.faults else Fault.HALTED
     assert storage.read_bytes(f"{bucket}/x") == bytes(100_000)
+
+
+def test_of_two_that_create_only_the_first_does(place: str) -> None:
+    uri = storage.join(place, "lease", "1")
+    assert storage.create(uri, b"first")
+    assert not storage.create(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"

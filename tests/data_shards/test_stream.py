@@ -6,6 +6,7 @@ import itertools
 import random
 import tarfile
 import threading
+import time
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from cluster import counters, storage
 from cluster.errors import UserError
 from data_shards import Batch, Manifest, Settings, ShardStream, plan, write_shards
 from data_shards.manifest import ShardIndex, read_index
-from data_shards.plan import window_size
+from data_shards.plan import Stretch, window_size
 from data_shards.sample import derive_seed
 from data_shards.sources import medvqa_records
 from data_shards.stream import FETCH_THREADS, _Memory
@@ -128,6 +129,28 @@ def test_one_pass_sees_each_sample_once_and_the_same_each_time(shards: str, worl
     assert_same([first], [joined(passed())])
     assert joined(passed(4))["keys"] == expected[:4]
     assert joined(passed(4000))["keys"] == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_pass_is_read_and_decoded_ahead_by_other_threads(
+    shards: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = stream(shards, num_workers=num_workers)
+    read, readers = ahead.read, []
+
+    def noted(stretch: Stretch) -> Any:
+        readers.append(threading.current_thread())
+        return read(stretch)
+
+    monkeypatch.setattr(ahead, "read", noted)
+    batches = ahead.one_pass(2)
+    first = next(batches)
+    deadline = time.monotonic() + 10
+    while len(readers) < 2:  # what follows is on its way while the first is used
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert threading.main_thread() not in readers
+    assert_same([joined([first, *batches])], [joined(list(stream(shards, num_workers=0).one_pass(2)))])
 
 
 @pytest.fixture

@@ -23,6 +23,20 @@ def test_average_equals_the_closed_form() -> None:
     torch.testing.assert_close(ema.average["weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_that_was_not_applied_leaves_average_and_count_to_the_bit() -> None:
+    model = nn.Linear(3, 2)
+    for decay in (0.9, 0.0):
+        ema = EMA(model, decay=decay)
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        ema.update(model)
+        average = {name: value.clone() for name, value in ema.average.items()}
+        ema.update(model, torch.tensor(False))
+        assert int(ema.num_updates) == 1
+        assert all(torch.equal(value, average[name]) for name, value in ema.average.items())
+    assert torch.equal(ema.average["weight"], model.weight), "without decay, the weights themselves"
+
+
 def test_swapping_twice_gives_back_the_very_bits() -> None:
     model = nn.Linear(4, 4)
     ema = EMA(model, decay=0.9)

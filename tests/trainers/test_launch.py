@@ -16,9 +16,10 @@ from PIL import Image
 
 from cluster import storage
 from tests.trainers.test_loop import CPU, Reports, prepare_denoiser
+from trainers.checkpoint_folders import INDEX
 from trainers.families import msdm
 from trainers.generate import generate
-from trainers.launch import Progress, TrainedRun, train_recipe
+from trainers.launch import Progress, RunCutOffError, TrainedRun, train_recipe
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe, load_recipe
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
@@ -99,7 +100,8 @@ def test_a_run_on_s3_with_a_tracking_server(
     assert trained.model_uri == "models:/tiny/1"
     check_record(trained, recipe)
     assert any(name.startswith("mlflow/") for name in storage.list_files(bucket))
-    assert draw(trained.model_uri, tmp_path / "a") == draw(trained.model_uri, tmp_path / "b")
+    before = draw(trained.model_uri, tmp_path / "a")
+    assert draw(trained.model_uri, tmp_path / "b") == before
 
     # The record alone has the whole recipe, and starting a finished run again trains nothing.
     (tmp_path / "again.yaml").write_text(trained.tracker.read_text("recipe.yaml"))
@@ -108,6 +110,14 @@ def test_a_run_on_s3_with_a_tracking_server(
     reports.clear()
     assert train(again, "whole", reports.append).model_uri == trained.model_uri
     assert reports == []
+
+    # The same run is trained longer, which makes another version, and leaves the first as it was.
+    longer = load_recipe(str(tmp_path / "again.yaml"), ["denoiser.training.steps=8"])
+    assert train(longer, "whole", reports.append).model_uri == "models:/tiny/2"
+    assert [progress.step for progress in reports if not progress.is_preparation] == [8]
+    assert trained.tracker.read_text("recipe.yaml") == dump_recipe(longer)
+    assert draw("models:/tiny/2", tmp_path / "longer") != before
+    assert draw(trained.model_uri, tmp_path / "still") == before
 
 
 def begin_with_vae(recipe: MSDMRecipe, *names: str) -> None:
@@ -162,8 +172,12 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     assert "Stopped and saved. To go on: medsynth train" in output
     assert "--run stopped" in output
 
+    # A crash of the launching process may leave Ray Train's index of the checkpoints in the middle of its writing.
+    index = tmp_path / "runs/stopped/denoiser" / INDEX
+    index.write_bytes(index.read_bytes()[:-20])
     second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
+    assert f"denoiser/{INDEX} is passed over" in second.stderr
     assert " vae " not in "".join(line for line in (output + second.stdout).splitlines() if "/6 " in line)
 
     # What one rank comes to without stopping, and without Ray.
@@ -174,3 +188,24 @@ def test_interrupted_from_the_terminal_it_goes_on_where_it_stopped(
     )
     averages = {name.removeprefix("ema/"): value for name, value in straight.weights.items() if name.startswith("ema/")}
     assert_equal(resumed, averages)
+
+
+SMALL_DISK = """
+import resource, sys
+if "default_worker" in " ".join(sys.orig_argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+
+
+def test_a_disk_that_is_full_ends_a_run_in_one_line(
+    recipe_document: dict[str, Any], tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no rank is started again, as none would find more room: here for more than 60 kB a file."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SMALL_DISK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+    said = r"^run full cannot go on: there is no room left on .* File too large"
+    with pytest.raises(RunCutOffError, match=said) as told:
+        train(with_values(recipe_document), "full")
+    assert str(told.value).isprintable()

@@ -1,5 +1,6 @@
 """The loop and the DDP engine: equal at any world size, resumed or not, and never a non-finite weight."""
 
+import json
 import multiprocessing
 from concurrent.futures import Future
 from dataclasses import replace
@@ -260,7 +261,10 @@ def test_a_non_finite_step_leaves_the_weights_as_they_were(
     reports = Reports()
     train_poisoned(recipe, stage, reports)
     before, after, next_one = (states(reports.checkpoints[step]) for step in (2, 3, 4))
-    assert all(torch.equal(value, after[name]) for name, value in before.items() if name.startswith("model/"))
+    kept = [name for name in before if name.startswith(("model/", "ema/"))]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    counts = [json.loads((reports.checkpoints[step] / "state.json").read_text())["ema_updates"] for step in (2, 3, 4)]
+    assert counts == [2, 2, 3], "of a step that was not applied the average knows nothing, as under ZeRO-3"
     assert any(not torch.equal(value, next_one[name]) for name, value in after.items())
     assert all(torch.isfinite(value).all() for value in next_one.values())
     assert [reports.metrics[step]["skipped_steps"] for step in (2, 3, 4)] == [0, 1, 0]

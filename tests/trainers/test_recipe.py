@@ -54,6 +54,16 @@ def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
         ("name.first=x", "'name' is a value"),
         ("sampling.prompts=[]", "sampling.prompts"),
         ("name=../evil", "name"),
+        (f"name={'x' * 300}", "name"),
+        ("tracking.register_as=team/polyp", "tracking.register_as: 'team/polyp' cannot name a registered model"),
+        ("tracking.register_as=Crohn's", "leave out each of"),
+        ("tracking.register_as=''", "it is empty"),
+        ("tracking.experiment=''", "tracking.experiment: '' cannot name an experiment"),
+        ("cluster.storage=gs://bucket/runs", "is neither a folder nor s3://BUCKET/PREFIX"),
+        ("cluster.storage=s3:/bucket/runs", "is neither a folder nor s3://BUCKET/PREFIX"),
+        ("cluster.storage=s3://", "is neither a folder nor s3://BUCKET/PREFIX"),
+        ("data.shards=''", "names no place"),
+        ("vae.training.learning_rate=.inf", "finite"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_remedy(recipe_file: Path, overrides: str, expected: str) -> None:

@@ -9,9 +9,10 @@ import pytest
 import typer
 from rich.console import Console
 
+from cluster.errors import UserError
 from cluster.progress import TimeLeft
 from cluster.tracking import Tracker
-from trainers.launch import Progress, RunStopped, TrainedRun
+from trainers.launch import Progress, RunCutOffError, RunStopped, TrainedRun
 from trainers.run_folder import RunFolder
 from trainers.watch import Watch, summarize, watching
 
@@ -125,3 +126,12 @@ def test_who_interrupts_a_run_is_told_how_to_go_on(interruption: type[BaseExcept
     assert caught.value.exit_code == 130
     assert said in out.getvalue()
     assert out.getvalue().rstrip().endswith("To go on: medsynth train r.yaml --run again")
+
+
+def test_what_gave_out_is_told_with_the_command_that_goes_on() -> None:
+    error = RunCutOffError("run a cannot go on: no room; the same command goes on")
+    with (
+        pytest.raises(UserError, match="the same command goes on: medsynth train x --run a"),
+        watching(Console(file=io.StringIO()), "medsynth train x --run a"),
+    ):
+        raise error

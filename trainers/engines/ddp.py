@@ -72,7 +72,7 @@ class DDPEngine(Ranks):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._ema.update(self._module)  # towards the same weights once more, if they are as they were
+        self._ema.update(self._module, applied)
         self._optimizer.zero_grad(set_to_none=True)
         return Arriving(mean_loss, grad_norm, applied, stop_votes)
 

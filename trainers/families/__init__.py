@@ -44,7 +44,10 @@ class Family(Protocol):
         ...
 
     def prepare(self, recipe: Any, stage: str, run: RunFolder, on_progress: OnProgress) -> None:
-        """Make, once, what a stage reads besides the recipe's data. Raises UserError if it cannot be made."""
+        """Make, once, what a stage reads besides the recipe's data; or its model, if that is taken from elsewhere.
+
+        Raises UserError if it cannot be made.
+        """
         ...
 
     def open_stream(

@@ -40,7 +40,25 @@ def check(recipe: MSDMRecipe) -> Manifest:
     manifest = Manifest.load(recipe.data.shards)
     check_splits(recipe.data.shards, manifest)
     check_text_encoder(recipe.text_encoder)
+    _check_autoencoder(recipe)
     return manifest
+
+
+def _check_autoencoder(recipe: MSDMRecipe) -> None:
+    """Raises UserError unless the autoencoder that is to be taken from another run is there, and of the same kind."""
+    if recipe.vae.pretrained is None:
+        return
+    other = RunFolder(recipe.vae.pretrained)
+    if not other.has_model("vae"):
+        raise UserError(f"vae.pretrained: {other.uri} is no run with a finished autoencoder: name a run's folder")
+    theirs = other.began_with()
+    if not isinstance(theirs, MSDMRecipe) or theirs.vae.architecture != recipe.vae.architecture:
+        raise UserError(f"vae.pretrained: the autoencoder of {other.uri} is not of this recipe's vae.architecture")
+    if theirs.data.resolution != recipe.data.resolution:
+        raise UserError(
+            f"vae.pretrained: the autoencoder of {other.uri} is of resolution {theirs.data.resolution}, "
+            f"this recipe's data.resolution is {recipe.data.resolution}"
+        )
 
 
 def check_fits(recipe: MSDMRecipe, nodes: Sequence[Node]) -> None:
@@ -48,8 +66,13 @@ def check_fits(recipe: MSDMRecipe, nodes: Sequence[Node]) -> None:
 
 
 def prepare(recipe: MSDMRecipe, stage: str, run: RunFolder, on_progress: OnProgress) -> None:
-    """For the denoiser: the latents' moments of all images and the embeddings of all prompts, by frozen encoders."""
+    """For the denoiser: the latents' moments of all images and the embeddings of all prompts, by frozen encoders.
+
+    For the autoencoder itself: nothing, unless it is another run's.
+    """
     if stage == "vae":
+        if recipe.vae.pretrained is not None:
+            run.take_model(stage, RunFolder(recipe.vae.pretrained))
         return
     from data_shards.precompute import check_precomputed, precompute
     from trainers.msdm.encoders import MSDMEncoders

@@ -113,6 +113,8 @@ def at_absolute_paths(block: B) -> B:
         value = getattr(block, name)
         if isinstance(value, Block):
             changed[name] = at_absolute_paths(value)
+        elif value is None:
+            continue
         elif PLACE in field.metadata or (WEIGHTS in field.metadata and Path(value).is_dir()):
             changed[name] = storage.absolute(value)
         elif EXTRACTOR in field.metadata:

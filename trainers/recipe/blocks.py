@@ -2,14 +2,29 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cluster.names import experiment_name_fault, registered_name_fault
 
 # Marks of keys that hold paths: a place is a folder or s3:// prefix; weights may also be a hub id or a
 # package's; an extractor is KIND:WEIGHTS.
 PLACE = "place"
 WEIGHTS = "weights"
 EXTRACTOR = "extractor"
-Place = Annotated[str, PLACE]
+
+
+def _is_place(place: str) -> str:
+    """Raise ValueError for what would be taken for a folder of an odd name."""
+    scheme, colon, rest = place.partition(":")
+    is_uri = bool(colon) and "/" not in scheme and rest.startswith("/")
+    if not place.strip() or not place.isprintable():
+        raise ValueError(f"{place!r} names no place: give a folder, or s3://BUCKET/PREFIX")
+    if is_uri and not (scheme == "file" or (scheme == "s3" and rest.startswith("//") and rest.strip("/"))):
+        raise ValueError(f"{place!r} is neither a folder nor s3://BUCKET/PREFIX")
+    return place
+
+
+Place = Annotated[str, PLACE, AfterValidator(_is_place)]
 Weights = Annotated[str, WEIGHTS]
 Extractor = Annotated[str, EXTRACTOR]
 
@@ -17,7 +32,7 @@ Extractor = Annotated[str, EXTRACTOR]
 class Block(BaseModel):
     """Base of all recipe blocks: unknown keys are errors, values never change, docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Cache(Block):
@@ -163,6 +178,21 @@ class Tracking(Block):
     register_as: str | None = None
     """Name of the registered model that the result becomes a version of."""
 
+    @field_validator("experiment")
+    @classmethod
+    def _is_experiment(cls, name: str) -> str:
+        if fault := experiment_name_fault(name):
+            raise ValueError(f"{name!r} cannot name an experiment: {fault}")
+        return name
+
+    @field_validator("register_as")
+    @classmethod
+    def _can_be_registered(cls, name: str | None) -> str | None:
+        """Now, and not when the training has ended."""
+        if name is not None and (fault := registered_name_fault(name)):
+            raise ValueError(f"{name!r} cannot name a registered model: {fault}")
+        return name
+
 
 class Fidelity(Block):
     """How good the checkpoints of the last stage are, measured beside the training, which does not wait for it."""
@@ -187,7 +217,7 @@ class Fidelity(Block):
 class BaseRecipe(Block):
     """What every experiment has; each family adds its models and how they are trained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=0, ge=0)
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()

@@ -1,10 +1,10 @@
 """The recipe of MSDM: its autoencoder first, then its denoiser in the autoencoder's latents."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainers.recipe.blocks import BaseRecipe, Block, Data, Training, Weights
+from trainers.recipe.blocks import PLACE, BaseRecipe, Block, Data, Training, Weights
 
 
 class VAEArchitecture(Block):
@@ -25,6 +25,8 @@ class VAEStage(Block):
     architecture: VAEArchitecture = VAEArchitecture()
     kl_weight: float = Field(default=1e-6, ge=0)
     """Weight of the KL term, summed over a sample's latents, against the mean squared error per pixel."""
+    pretrained: Annotated[str | None, PLACE] = None
+    """Folder or s3:// prefix of a run, such as runs/first: its finished autoencoder is taken, and none is trained."""
     training: Training
 
 
