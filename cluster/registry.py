@@ -21,7 +21,8 @@ from mlflow.models import Model, ModelSignature
 from cluster import storage
 from cluster.checksums import SUMS, check_folder, checksums, digest_of
 from cluster.errors import UserError, did_you_mean
-from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
+from cluster.tracking import Tracker, artifact_uri, connect, default_tracking_uri, explained
+from cluster.tracking_store import sqlite_file
 
 MODEL_FOLDER = "model"
 CODE_FOLDER = "code"
@@ -155,7 +156,7 @@ class RegisteredModel:
         Raises UserError if the server that the environment names does not answer.
         """
         tracking_uri = default_tracking_uri()
-        if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
+        if (file := sqlite_file(tracking_uri)) and not file.exists():
             return None  # to ask would make an empty one
         client = connect(tracking_uri)
         with explained(tracking_uri, run_id):

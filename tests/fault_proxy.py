@@ -20,10 +20,20 @@ class Fault(Enum):
 
     ERROR = auto()  # 500, as S3's InternalError
     SLOW_DOWN = auto()  # 503, as S3 asks for patience
+    TOO_MANY = auto()  # 429, with a header that asks for two minutes of patience
+    LATE = auto()  # answered rightly, after `late_seconds`
     RESET = auto()  # the connection is cut
     TRUNCATED = auto()  # half of the body, then the connection is cut
     HALTED = auto()  # half of the body, and then nothing until `release`
     STALLED = auto()  # what was sent is taken, and nothing is answered until `release`, then the request is done
+
+
+ERRORS: dict[Fault, tuple[int, str, dict[str, str]]] = {
+    Fault.ERROR: (500, "InternalError", {}),
+    Fault.SLOW_DOWN: (503, "SlowDown", {}),
+    Fault.TOO_MANY: (429, "TooManyRequests", {"Retry-After": "120"}),
+}
+"""Status, S3's code, and headers of what is answered."""
 
 
 class FaultProxy:
@@ -35,6 +45,7 @@ class FaultProxy:
         self.faults: Counter[Fault] = Counter()
         self.stalled = threading.Event()
         """Set when a request stands still."""
+        self.late_seconds = 4.0
         self.address = ""
         self._target = target
         self._tls = tls
@@ -53,16 +64,19 @@ class FaultProxy:
             return web.Response(status=401, headers={"WWW-Authenticate": "Basic"})
         if fault is not None:
             self.faults[fault] += 1
-        if fault in (Fault.ERROR, Fault.SLOW_DOWN):
-            code, status = ("InternalError", 500) if fault is Fault.ERROR else ("SlowDown", 503)
+        if fault in ERRORS:
+            status, code, headers = ERRORS[fault]
             return web.Response(
                 status=status,
+                headers=headers,
                 content_type="application/xml",
                 text=f"<Error><Code>{code}</Code><Message>told to</Message></Error>",
             )
         if fault is Fault.RESET:
             _cut(request)
             return web.Response()
+        if fault is Fault.LATE:
+            await asyncio.sleep(self.late_seconds)
         if fault is Fault.STALLED:
             self.stalled.set()
             while not self._released.is_set():

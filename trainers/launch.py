@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -33,18 +33,26 @@ from cluster.checksums import checksums
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError, first_line
 from cluster.provenance import git_commit
-from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
+from cluster.tracking import (
+    Status,
+    Tracker,
+    TrackingError,
+    check_tracking,
+    default_tracking_uri,
+    now_ms,
+    without_secrets,
+)
 from data_shards import Manifest
 from trainers.checkpoint_folders import checkpoint_folder
 from trainers.engines import Saving
-from trainers.exporter import Exporter
+from trainers.exporter import Exporter, RankExporter, controller_exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
 from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.records import Records, Report
+from trainers.records import Measurement, Records, Report
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
@@ -109,6 +117,7 @@ def train_recipe(
     manifest = check_recipe(recipe)
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
+    check_tracking()
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = tuple(stages or family.STAGES)
     num_processes = cluster.min_workers + (fidelity is not None)
@@ -136,6 +145,7 @@ def train_recipe(
                     _train_stage(recipe, stage, manifest, run, tracker, begin, on_progress, on_stop_requested)
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
+            Records(run, tracker).flush()
             model_uri = run.model(trained[-1]) if stages else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):
@@ -253,7 +263,7 @@ def _train_stage(
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": runtime.here()})
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
-    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
+    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, data=data)
     # Ray runs one such task at a time, and awaits those that are left when the ranks have ended.
     beside = {"num_cpus": 0, "scheduling_strategy": runtime.ANYWHERE, "label_selector": runtime.off_spot()}
     validation = ray.train.ValidationConfig(measure, ray_remote_kwargs=beside) if recipe.fidelity else None
@@ -288,10 +298,8 @@ def _train_stage(
     result = _fit(trainer, run, reports, on_progress, on_stop_requested)
     if result.checkpoint is None or result.metrics is None or result.metrics["step"] < steps:
         raise RunStopped
-    records = Records(run, tracker)
     # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the same.
-    records.add(_report(stage, result.metrics))
-    records.flush()
+    Records(run, tracker).add(_report(stage, result.metrics))
     resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
     runtime.call(_export_stage, recipe, stage, run, result.checkpoint, **resources)
 
@@ -367,7 +375,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, node = context.get_world_rank(), platform.node()
     origin = {"run": run.name, "mlflow_run_id": tracker.run_id, "stage": config["stage"], "rank": rank}
     origin |= {"world_size": context.get_world_size(), "node": node}
-    exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
+    exporter = RankExporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
@@ -381,11 +389,11 @@ def _train_worker(config: dict[str, Any]) -> None:
         if rank == 0:
             logger.info("step %d", step, extra={"metrics": {"step": step, **metrics}})
         ray.train.report(
-            {"step": step, "has_picture": pixels is not None, **metrics},
+            {"step": step, "has_picture": pixels is not None, "time_ms": now_ms(), **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(saving.folder) if saving else None,
             checkpoint_dir_name=checkpoint_folder(step, context.get_world_size()),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(_upload, saving.written) if saving else None,
+            checkpoint_upload_fn=partial(_upload, saving.written, exporter.checkpointed) if saving else None,
             validation=saving is not None
             and _is_measured(recipe, config["stage"], step)
             and ray.train.ValidationTaskConfig(fn_kwargs={"step": step}),
@@ -430,22 +438,26 @@ def _train_worker(config: dict[str, Any]) -> None:
             logger.exception("the rank ends with an error")
             if isinstance(error, DivergedError):
                 # It overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
-                last = {"step": reported, "has_picture": False}
+                last = {"step": reported, "has_picture": False, "time_ms": now_ms()}
                 ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
             raise
 
 
-def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def _upload(
+    written: Future[None], on_done: Callable[[], None], checkpoint: ray.train.Checkpoint, name: str
+) -> ray.train.Checkpoint:
     """Beside the training: wait until the checkpoint is written, and put it into the run's folder."""
     written.result()
     persisted: ray.train.Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+    on_done()
     return persisted
 
 
 def _report(stage: str, reported: Mapping[str, Any]) -> Report:
     """What a rank has reported, to which Ray Train adds what was measured beside."""
     values = {name: value for name, value in reported.items() if not name.startswith(FIDELITY)}
-    return Report(stage, values.pop("step"), values, values.pop("has_picture"))
+    step, has_picture, time_ms = values.pop("step"), values.pop("has_picture"), values.pop("time_ms")
+    return Report(stage, step, values, has_picture, time_ms)
 
 
 class _RecordReports(ray.train.UserCallback):
@@ -456,12 +468,19 @@ class _RecordReports(ray.train.UserCallback):
         self.steps = steps
         self.records = records
         self.reports = reports
+        self.restarts = 0
+
+    @cached_property
+    def exporter(self) -> Exporter:  # made on the controller, as Ray's metrics do not travel
+        return controller_exporter(run=self.records.run.name, stage=self.stage)
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
     ) -> None:
         report = _report(self.stage, metrics[0])
         waiting = self.records.add(report)
+        self.exporter.set("reports_waiting", waiting)
+        self.exporter.set("restarts", self.restarts)
         # Plain values: the queue's own process need not import this project to hold them.
         self.reports.put((self.stage, report.step, self.steps, report.metrics, waiting))
 
@@ -470,6 +489,8 @@ class _RecordReports(ray.train.UserCallback):
         for error in worker_exceptions.values():
             if mistake := _hopeless(error):
                 raise mistake
+        self.restarts += 1
+        self.exporter.set("restarts", self.restarts)
 
 
 def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:
@@ -501,33 +522,38 @@ def _measure_beside(
     recipe: Recipe,
     stage: str,
     run: RunFolder,
-    tracker: Tracker,
     data: Mapping[str, str],
 ) -> dict[str, float]:
-    """Ray Train's validation task: a checkpoint's fidelity, to MLflow. Whatever fails here, the training goes on.
+    """Ray Train's validation task: a checkpoint's fidelity, left in the run's folder for `Records` to tell MLflow of.
 
-    The work is that of a task within: if this process died, as by lack of memory, Ray would end the training.
+    Whatever fails here, the training goes on. The work is that of a task within: if this process died, as by lack of
+    memory, Ray would end the training.
     """
     use_gpu = recipe.fidelity is not None and recipe.fidelity.use_gpu
     # Ray itself would try for ever where a process is killed for its memory.
     measure = ray.remote(_measure).options(
         num_cpus=recipe.cluster.cpus_per_worker, num_gpus=int(use_gpu), max_retries=0
     )
+    metrics: dict[str, float] = {}
+    failure: Exception | None = None
     for _ in range(MEASURE_ATTEMPTS):
         try:
             measured = ray.get(measure.remote(recipe, stage, run, checkpoint))
         except RayTaskError as error:
-            failure: Exception = error.cause
+            failure = error.cause
             break
         except RayError as error:  # its process or machine is gone
             failure = error
         else:
-            metrics = {f"{FIDELITY}{name}": value for name, value in measured.items()}
-            uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
-            tracker.log_checkpoint(uri, step, metrics, **data)
-            return metrics
-    tracker.log_failure(f"fidelity at step {step}", first_line(failure))
-    return {}
+            metrics, failure = {f"{FIDELITY}{name}": value for name, value in measured.items()}, None
+            break
+    uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
+    reason = first_line(failure) if failure else ""
+    try:
+        Measurement(stage, step, uri, metrics=metrics, failure=reason, **data).save(run)
+    except storage.StorageError as error:
+        logger.warning("the fidelity at step %d is not recorded: %s", step, error)
+    return metrics
 
 
 def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> dict[str, float]:

@@ -3,6 +3,7 @@
 RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
 RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
+RUN/measured/       the same of what was measured on checkpoints
 RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
@@ -128,6 +129,13 @@ class RunFolder:
     @property
     def unrecorded(self) -> str:
         return storage.join(self.uri, "unrecorded.json")
+
+    @property
+    def measured(self) -> str:
+        return storage.join(self.uri, "measured")
+
+    def measurement(self, stage: str, step: int) -> str:
+        return storage.join(self.measured, f"{stage}-{step:06d}.json")
 
     def request_stop(self) -> None:
         storage.write_bytes(self._stop_file, b"")
