@@ -20,6 +20,7 @@ from mlflow.models import Model, ModelSignature
 
 from cluster import storage
 from cluster.checksums import SUMS, check_folder, checksums, digest_of
+from cluster.documents import parse_yaml, parsing
 from cluster.errors import UserError, did_you_mean
 from cluster.tracking import Tracker, artifact_uri, connect, default_tracking_uri, explained
 from cluster.tracking_store import sqlite_file
@@ -150,18 +151,31 @@ class RegisteredModel:
         return cls(tracking_uri, found.name), _version(found)
 
     @classmethod
-    def version_of_run(cls, run_id: str) -> Version | None:
-        """The latest version that a run registered; None if there is none, or no server of this environment's.
+    def version_of_copy(cls, folder: Path, run_id: str) -> Version | None:
+        """The version that a copy of a model is, as MLflow notes in those it makes of models:/NAME/…
 
-        Raises UserError if the server that the environment names does not answer.
+        Of another copy it is the latest that the run registered. None if there is none, or no server of this
+        environment's. Raises UserError if the server that the environment names does not answer, or if the run
+        registered models of several names: their tags may differ.
         """
         tracking_uri = default_tracking_uri()
         if (file := sqlite_file(tracking_uri)) and not file.exists():
             return None  # to ask would make an empty one
         client = connect(tracking_uri)
+        note = folder / MLFLOW_META
+        if note.is_file():
+            document = parse_yaml(note.read_bytes(), str(note))
+            with parsing(str(note)):
+                name, number = str(document["model_name"]), int(document["model_version"])
+            return cls(tracking_uri, name).version(number)
         with explained(tracking_uri, run_id):
-            found = [_version(version) for version in client.search_model_versions(f"run_id = '{run_id}'")]
-        return max(found, key=lambda version: version.number, default=None)
+            found = client.search_model_versions(f"run_id = '{run_id}'")
+        if len(names := {version.name for version in found}) > 1:
+            raise UserError(
+                f"run {run_id} registered models of several names, {', '.join(sorted(names))}: "
+                "name one, as models:/NAME/VERSION"
+            )
+        return max(map(_version, found), key=lambda version: version.number, default=None)
 
     @property
     def client(self) -> MlflowClient:
@@ -287,10 +301,10 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _latest_of(client: MlflowClient, uri: str) -> ModelVersion | None:
-    """The latest version that runs:/ID/model became."""
+    """The latest version that runs:/ID/model became: of several names, that of the last upload, as they share files."""
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     found = client.search_model_versions(f"run_id = '{run_id}'") if path == MODEL_FOLDER else []
-    return max(found, key=lambda version: int(version.version), default=None)
+    return max(found, key=lambda version: (version.creation_timestamp, int(version.version)), default=None)
 
 
 def _version(found: ModelVersion) -> Version:

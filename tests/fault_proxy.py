@@ -21,6 +21,9 @@ class Fault(Enum):
     ERROR = auto()  # 500, as S3's InternalError
     SLOW_DOWN = auto()  # 503, as S3 asks for patience
     TOO_MANY = auto()  # 429, with a header that asks for two minutes of patience
+    EXPIRED = auto()  # as S3 refuses a login that has run out
+    UNKNOWN_KEY = auto()  # as S3 refuses an access key
+    WRONG_SECRET = auto()  # as S3 refuses a signature
     LATE = auto()  # answered rightly, after `late_seconds`
     RESET = auto()  # the connection is cut
     TRUNCATED = auto()  # half of the body, then the connection is cut
@@ -31,6 +34,9 @@ class Fault(Enum):
 ERRORS: dict[Fault, tuple[int, str, dict[str, str]]] = {
     Fault.ERROR: (500, "InternalError", {}),
     Fault.SLOW_DOWN: (503, "SlowDown", {}),
+    Fault.EXPIRED: (400, "ExpiredToken", {}),
+    Fault.UNKNOWN_KEY: (403, "InvalidAccessKeyId", {}),
+    Fault.WRONG_SECRET: (403, "SignatureDoesNotMatch", {}),
     Fault.TOO_MANY: (429, "TooManyRequests", {"Retry-After": "120"}),
 }
 """Status, S3's code, and headers of what is answered."""
@@ -46,6 +52,8 @@ class FaultProxy:
         self.stalled = threading.Event()
         """Set when a request stands still."""
         self.late_seconds = 4.0
+        self.authorization = ""
+        """The header of the request that `decide` is asked about."""
         self.address = ""
         self._target = target
         self._tls = tls
@@ -57,6 +65,7 @@ class FaultProxy:
         self._released.set()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.authorization = request.headers.get("Authorization", "")
         fault = self.decide(request.method, request.path_qs)
         body = await request.read()
         is_asked = self._authorization is not None and request.path != "/health"

@@ -114,6 +114,7 @@ def train_recipe(
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
     family = family_of(recipe)
+    storage.check_answers(recipe.data.shards)
     manifest = check_recipe(recipe)
     run = RunFolder.of(recipe, run_name)
     storage.check_writable(run.uri)
