@@ -355,10 +355,10 @@ def connect(tracking_uri: str, *, for_writing: bool = False) -> MlflowClient:
 def check_tracking() -> None:
     """Raise TrackingError, within seconds, unless the store that the environment names answers and lets us in."""
     uri = default_tracking_uri()
-    client = connect(uri, for_writing=True)
+    check_store(uri, for_writing=True)
     if (file := sqlite_file(uri)) is None or file.exists():  # else it would be made, which takes seconds
         with explained(uri):
-            client.search_experiments(max_results=1)
+            MlflowClient(uri).search_experiments(max_results=1)
 
 
 def artifact_uri(client: MlflowClient, uri: str) -> str:
@@ -411,7 +411,7 @@ def explained(tracking_uri: str, what: str = "", *, is_patient: bool = False) ->
         message = first_line(error)
         if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or re.search(r"error code 40[13]\b", message):
             message = "access refused; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of one who may do this"
-        elif re.search(r"error code 404\b|^Expecting value", message):
+        elif re.search(r"error code 404\b|valid JSON|^Expecting value", message):
             message = f"its answer is not that of an MLflow server of this version ({message[:100]}): mend {URI}"
         place = f"{what} at " if what else ""
         raise TrackingError(f"MLflow, {place}{without_secrets(tracking_uri)}: {message}") from None

@@ -14,7 +14,7 @@ from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cluster.errors import UserError, did_you_mean, first_line
 from cluster.knock import knock
@@ -49,13 +49,18 @@ def without_secrets(uri: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite URI, whose path is percent-encoded as SQLAlchemy reads it; None for any other URI."""
-    path = uri.removeprefix(SQLITE).partition("?")[0]
-    return Path(unquote(path)) if uri.startswith(SQLITE) and path not in ("", ":memory:") else None
+    match = re.fullmatch(r"sqlite(?:\+pysqlite)?:///([^?]+)(?:\?.*)?", uri, re.DOTALL)
+    return Path(unquote(match[1])) if match and match[1] != ":memory:" else None
 
 
 def sqlite_uri(file: Path) -> str:
-    """The URI of a SQLite file: its path is absolute and percent-encoded."""
-    return f"{SQLITE}{quote(str(file.absolute()))}"
+    """The URI of a SQLite file: its path is absolute and, where it must be, percent-encoded.
+
+    Of a URI that names no driver mlflow takes the path as it is, and makes that folder too.
+    """
+    path = str(file.absolute())
+    encoded = path.replace("%", "%25").replace("?", "%3F")
+    return f"{SQLITE}{path}" if path == encoded else f"sqlite+pysqlite:///{encoded}"
 
 
 @contextmanager
@@ -89,9 +94,9 @@ def check_store(uri: str, *, for_writing: bool = False) -> None:
     elif scheme in DATABASE_PORTS:
         _check_database(uri, scheme)
     elif scheme in ("", "file") or len(scheme) == 1:
-        place = without_secrets(uri)
-        hint = f"http://{place}" if re.fullmatch(r"[\w.-]+:\d+", place) else f"{SQLITE}mlflow.db"
-        raise TrackingError(f"{URI}={place} is a folder, which MLflow no longer writes to: set it to {hint}")
+        raise TrackingError(
+            f"{URI}={without_secrets(uri)} is a folder, which MLflow no longer writes to: set it to {SQLITE}mlflow.db"
+        )
     elif not uri.startswith("databricks") and scheme not in {
         found.name for found in metadata.entry_points(group="mlflow.tracking_store")
     }:
