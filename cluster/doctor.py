@@ -158,7 +158,7 @@ def same_ray(of_cluster: str) -> Check:
 
 def nodes() -> Check:
     """One Ray, one Python and one time on all machines of the cluster."""
-    name, address = "Ray nodes", os.environ.get("RAY_ADDRESS", "local")
+    name, address = "Ray nodes", os.environ.get("RAY_ADDRESS", "").strip() or "local"
     if address == "local":
         return Check(name, None, "RAY_ADDRESS names no cluster: Ray starts within each command")
     if address.startswith("http"):

@@ -2,7 +2,7 @@
 
 from cluster.errors import UserError
 from cluster.registry import RegisteredModel
-from cluster.tracking import Tracker, connect, default_tracking_uri, explained
+from cluster.tracking import Tracker, connect_to_read, default_tracking_uri, explained
 
 KIND, PARENT = "medsynth.kind", "mlflow.parentRunId"
 EVALUATION, FOLDER = "evaluation", "evaluation"
@@ -16,7 +16,7 @@ def evaluation_document(name: str) -> str:
     models:/NAME@ALIAS. Raises UserError if there is no such run or model, or it was not evaluated.
     """
     tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
+    client = connect_to_read(tracking_uri)
     run_id = _training_run(name)
     with explained(tracking_uri, name):
         if client.get_run(run_id).data.tags.get(KIND) != EVALUATION:

@@ -19,17 +19,16 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 
 from cluster import storage
-from cluster.checksums import SUMS, check_folder, checksums, digest_of
+from cluster.checksums import MLFLOW_META, SUMS, check_folder, checksums, digest_of
 from cluster.documents import parse_yaml, parsing
 from cluster.errors import UserError, did_you_mean
-from cluster.tracking import Tracker, artifact_uri, connect, default_tracking_uri, explained
+from cluster.tracking import Tracker, artifact_uri, connect, connect_to_read, default_tracking_uri, explained
 from cluster.tracking_store import sqlite_file
 
 MODEL_FOLDER = "model"
 CODE_FOLDER = "code"
 DIGEST_TAG = "sha256sums"
 """Of a version: the digest of its file SHA256SUMS."""
-MLFLOW_META = "registered_model_meta"  # which MLflow adds to copies that it serves
 LOCK = ".promoting"
 """Ending of the registered model that exists while an alias of the model without the ending is moved."""
 
@@ -44,11 +43,12 @@ def model_folder(uri: str) -> Iterator[Path]:
             yield folder
         return
     tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
+    client = connect_to_read(tracking_uri)
     with tempfile.TemporaryDirectory() as temporary:
         with explained(tracking_uri, uri):
             version = _find(client, uri) if uri.startswith("models:/") else _latest_of(client, uri)
             source = version.source if version else artifact_uri(client, uri)
+        with explained(tracking_uri, uri, is_patient=True):
             downloaded = mlflow.artifacts.download_artifacts(
                 artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
             )
@@ -145,7 +145,7 @@ class RegisteredModel:
         Raises UserError if there is none, naming those there are.
         """
         tracking_uri = default_tracking_uri()
-        client = connect(tracking_uri)
+        client = connect_to_read(tracking_uri)
         with explained(tracking_uri, uri):
             found = _find(client, uri)
         return cls(tracking_uri, found.name), _version(found)

@@ -317,6 +317,8 @@ def now_ms() -> int:
 def find_run(run_id: str) -> Tracker | None:
     """A run to read from, if the server of this environment knows it. Raises TrackingError if it does not answer."""
     uri = default_tracking_uri()
+    if (file := sqlite_file(uri)) and not file.exists():
+        return None  # to ask would make an empty one
     client = connect(uri)
     with explained(uri):
         try:
@@ -330,7 +332,7 @@ def find_run(run_id: str) -> Tracker | None:
 
 def runs_of_job(job: str, tracking_uri: str) -> list[Tracker]:
     """The runs that a job of a Ray cluster has worked on, first those that others are below. Raises TrackingError."""
-    client = connect(tracking_uri)
+    client = connect_to_read(tracking_uri)
     with explained(tracking_uri):
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         like = f"tags.{JOBS_TAG} LIKE '%{job}%'"
@@ -350,6 +352,19 @@ def connect(tracking_uri: str, *, for_writing: bool = False) -> MlflowClient:
     """A client, after one quick question to the server or database: mlflow itself would ask for minutes."""
     check_store(tracking_uri, for_writing=for_writing)
     return MlflowClient(tracking_uri)
+
+
+def connect_to_read(tracking_uri: str) -> MlflowClient:
+    """A client, as `connect` makes it; but where there is no database, mlflow would make an empty one.
+
+    Raises TrackingError then too.
+    """
+    if (file := sqlite_file(tracking_uri)) and not file.exists():
+        raise TrackingError(
+            f"nothing is recorded or registered here: there is no MLflow database {file}; set {URI} to the server or "
+            "database that has it, or work in the folder of that database"
+        )
+    return connect(tracking_uri)
 
 
 def check_tracking() -> None:

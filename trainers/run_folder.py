@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from cluster import storage
-from cluster.checksums import check_folder
+from cluster.checksums import MLFLOW_META, SUMS, check_folder
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from trainers.recipe import Recipe, dump_recipe
@@ -155,7 +155,10 @@ def finished_model(uri: str) -> Iterator[Path]:
     Raises UserError if its files are not those that were finished, as far as that is known.
     """
     with storage.local_folder(uri) as folder:
-        if (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
+        registered = folder / SUMS  # of a copy in MLflow's artifacts, where more lies beside the finished model
+        if registered.is_file():
+            check_folder(folder, registered.read_text(errors="replace"), uri, ignoring=(SUMS, MLFLOW_META))
+        elif (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
             check_folder(folder, sums, uri, ignoring=(COMPLETE,))
         yield folder
 

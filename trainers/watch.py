@@ -112,10 +112,14 @@ def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     if fidelity := {name: value for name, value in trained.metrics.items() if name.startswith("fidelity/")}:
         figures = (f"{name.removeprefix('fidelity/').replace('_', ' ')} {fidelity[name]:.4g}" for name in fidelity)
         table.add_row("fidelity", "  ".join(figures))
-    table.add_row("model", trained.model_uri)
-    table.add_row("pictures", f"{trained.folder.uri}/pictures")
-    table.add_row("MLflow", trained.tracker.ui_command())
     console.print(table)
+    # Not in the table, which would cut them at the 80 columns of a job's log.
+    for what, place in (
+        ("Model", trained.model_uri),
+        ("Pictures", f"{trained.folder.uri}/pictures"),
+        ("MLflow", trained.tracker.ui_command()),
+    ):
+        console.print(f"{what}: {place}", soft_wrap=True, markup=False, highlight=False)
     for what, reason in trained.failures.items():
         console.print(f"[yellow]Failed: {what}: {escape(reason)}[/]", soft_wrap=True)
     command = f'medsynth generate --model {trained.model_uri} --prompt "{prompt}" --num-images 8 --seed 0 --out samples'

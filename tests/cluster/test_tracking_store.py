@@ -10,7 +10,9 @@ from threading import Thread
 
 import pytest
 
-from cluster.tracking import Tracker, TrackingError, check_tracking, default_tracking_uri
+from cluster.evaluations import evaluation_document
+from cluster.registry import RegisteredModel, model_folder
+from cluster.tracking import Tracker, TrackingError, check_tracking, default_tracking_uri, find_run
 from cluster.tracking_store import URI, check_store, sqlite_file, without_secrets
 from tests.servers import free_port
 
@@ -103,6 +105,12 @@ def test_a_database_that_another_process_holds(tracking_uri: str, tmp_path: Path
 def test_where_no_database_is_none_is_made_by_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(URI, raising=False)
     check_tracking()
+    for ask in (RegisteredModel.of, evaluation_document):
+        with pytest.raises(TrackingError, match=f"there is no MLflow database {tmp_path}/mlflow.db; set {URI}"):
+            ask("models:/polyp/1")
+    with pytest.raises(TrackingError, match="there is no MLflow database"), model_folder("models:/polyp@champion"):
+        pass
+    assert find_run("0" * 32) is None
     assert list(tmp_path.iterdir()) == []
 
 
