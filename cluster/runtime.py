@@ -89,7 +89,7 @@ def connect(min_cpus: int) -> Iterator[None]:
         except (RayError, RuntimeError, ValueError, OSError) as error:
             raise UserError(
                 f"Ray cannot be started or reached (RAY_ADDRESS={address}): {_one_line(error)}: "
-                "see that Ray has one version everywhere, and set RAY_AUTH_MODE=token where the cluster asks for a token"
+                "see that Ray has one version everywhere, and set RAY_AUTH_MODE=token where the cluster wants one"
             ) from None
         own.callback(ray.shutdown)
         yield

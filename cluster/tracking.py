@@ -367,9 +367,9 @@ def connect_to_read(tracking_uri: str) -> MlflowClient:
     return connect(tracking_uri)
 
 
-def check_tracking() -> None:
-    """Raise TrackingError, within seconds, unless the store that the environment names answers and lets us in."""
-    uri = default_tracking_uri()
+def check_tracking(tracking_uri: str | None = None) -> None:
+    """Raise TrackingError, within seconds, unless the store, by itself the environment's, answers and lets us in."""
+    uri = tracking_uri or default_tracking_uri()
     check_store(uri, for_writing=True)
     if (file := sqlite_file(uri)) is None or file.exists():  # else it would be made, which takes seconds
         with explained(uri):
