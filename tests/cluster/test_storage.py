@@ -1,7 +1,7 @@
 """Storage: one behaviour for local folders and a real S3 protocol server; faults in words a stranger understands."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -259,7 +259,8 @@ def test_credentials_that_were_changed_meanwhile_are_read_anew(
     storage.write_bytes(f"{bucket}/x", b"0123")
     valid = "first"
     proxy.decide = lambda method, path: None if f"Credential={valid}/" in proxy.authorization else fault
-    for number, act in enumerate((storage.read_bytes, storage.size, storage.list_files)):
+    acts: tuple[Callable[[str], object], ...] = (storage.read_bytes, storage.size, storage.list_files)
+    for number, act in enumerate(acts):
         valid = f"key-{number}"
         with pytest.raises(StorageError, match=remedy):  # nobody has set the new key yet
             act(f"{bucket}/x")
