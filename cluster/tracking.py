@@ -72,7 +72,7 @@ def _explaining(
     """A method of a Tracker that raises TrackingError, within seconds, if its store does not answer or refuses."""
 
     @wraps(method)
-    def explaining(self: "Tracker", *arguments: P.args, **settings: P.kwargs) -> R:
+    def explaining(self: "Tracker", /, *arguments: P.args, **settings: P.kwargs) -> R:
         with explained(self.tracking_uri):
             return method(self, *arguments, **settings)
 
@@ -396,7 +396,7 @@ def _create_experiment(client: MlflowClient, name: str, artifact_location: str |
 def _local_artifacts(tracking_uri: str) -> str | None:
     # Without a server MLflow would put artifacts below whichever folder a process happens to work in.
     file = sqlite_file(tracking_uri)
-    return file and (file.parent / "mlartifacts").as_uri()
+    return (file.parent / "mlartifacts").as_uri() if file else None
 
 
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:

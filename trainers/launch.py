@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,6 +158,8 @@ def train_recipe(
                 status = "KILLED"
             raise
         finally:
+            with suppress(UserError):  # what it cannot be told now waits in the run's folder
+                Records(run, tracker).flush(seconds=0)
             finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
@@ -523,7 +525,7 @@ def _measure_beside(
     recipe: Recipe,
     stage: str,
     run: RunFolder,
-    data: Mapping[str, str],
+    data: Mapping[str, Any],
 ) -> dict[str, float]:
     """Ray Train's validation task: a checkpoint's fidelity, left in the run's folder for `Records` to tell MLflow of.
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import first_line
-from cluster.tracking import Tracker, TrackingError, connect, impatient, now_ms
+from cluster.tracking import Tracker, TrackingError, connect, now_ms
+from cluster.tracking_store import impatient
 from trainers.run_folder import RunFolder
 
 TELL_SECONDS = 3.0  # how long MLflow may hold up a training

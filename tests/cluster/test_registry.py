@@ -54,13 +54,13 @@ def test_a_copy_is_of_the_name_that_it_was_made_by(tracking_uri: str, tmp_path: 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "MLmodel").write_text("flavors: {}\n")
     tracker = Tracker.start(experiment="models", run_name="r", tags={})
-    for name, guidance in (("first", "2"), ("second", "3"), ("second", "4")):
-        register(tracker, [tmp_path / "a"], name=name, tags={"guidance": guidance})
+    for name, value in (("first", "2"), ("second", "3"), ("second", "4")):
+        register(tracker, [tmp_path / "a"], name=name, tags={"guidance": value})
 
     def guidance(uri: str) -> str | None:
         copy = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / uri.replace("/", "-"))))
         version = RegisteredModel.version_of_copy(copy, tracker.run_id)
-        return version and version.tags["guidance"]
+        return version.tags["guidance"] if version else None
 
     assert guidance("models:/first/1") == "2"
     assert guidance("models:/second/1") == "3"

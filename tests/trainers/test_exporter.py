@@ -14,11 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.util.metrics import Counter, Gauge
 
 from cluster import counters, runtime, storage
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, TrackingError
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.trainers.test_launch import begin_with_vae, train, with_values
+from trainers import records
 from trainers.exporter import COUNTERS, GAUGES, PREFIX, RANK_GAUGES, RUN_GAUGES, RankExporter, controller_exporter
-from trainers.launch import Progress
+from trainers.launch import Progress, _RecordReports
+from trainers.records import Records
 from trainers.run_folder import RunFolder
 
 
@@ -47,6 +49,42 @@ def test_an_exporter_that_raises_is_told_of_once(
         counters.count("replaced_samples")
         exporter.report(step, {"loss": 0.5})
     assert [record.message for record in caplog.records] == ["some figures are not exported to Prometheus: no agent"]
+
+
+class Watcher:
+    """In place of the queue to whoever watches."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def put(self, item: tuple[Any, ...]) -> None:
+        self.seen.append(item)
+
+
+def test_the_controller_exports_restarts_and_reports_that_wait(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray Train sends it to the controller, and calls it there."""
+    run = RunFolder(str(tmp_path / "rün"))
+    tracker = Tracker.start(experiment="e", run_name="rün", tags={})
+    made = _RecordReports("vae", 6, Records(run, tracker), Watcher())  # type: ignore[arg-type]
+    callback = ray.cloudpickle.loads(ray.cloudpickle.dumps(made))
+    exported: dict[str, float] = {}
+    monkeypatch.setattr(callback.exporter, "set", exported.__setitem__)
+    reported = {"step": 2, "has_picture": False, "time_ms": 1_795_000_000_000, "loss": 0.5, "fidelity/fid": 3.0}
+    callback.after_report(None, [reported], None)
+    assert exported == {"reports_waiting": 0, "restarts": 0}
+    callback.after_exception(None, {0: RuntimeError("killed")})
+
+    def is_away(uri: str) -> None:
+        raise TrackingError("no MLflow server answers")
+
+    monkeypatch.setattr(records, "connect", is_away)
+    callback.after_report(None, [reported | {"step": 4}], None)
+    assert exported == {"reports_waiting": 1, "restarts": 1}
+    assert callback.reports.seen == [("vae", 2, 6, {"loss": 0.5}, 0), ("vae", 4, 6, {"loss": 0.5}, 1)]
+    (metric,) = tracker.client.get_metric_history(tracker.run_id, "vae/loss")
+    assert (metric.step, metric.value, metric.timestamp) == (2, 0.5, 1_795_000_000_000)
 
 
 Exported = dict[str, dict[str, float]]

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -141,7 +142,7 @@ def test_a_write_that_arrives_after_it_was_sent_again_is_not_doubled(
 @pytest.mark.usefixtures("tracking_uri", "_no_pause")
 def test_what_was_measured_waits_too_and_is_told_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker.start(experiment="e", run_name="r", tags={})
-    data = {"dataset_name": "small", "dataset_digest": "d" * 64}
+    data: dict[str, Any] = {"dataset_name": "small", "dataset_digest": "d" * 64}
     tracker.log_dataset(name="small", digest="d" * 64, source="shards", context="training")
     Measurement("vae", 2, "runs/a/2", metrics={"fidelity/fid": 3.0}, **data).save(run)
     Measurement("vae", 4, "runs/a/4", failure="no weights", **data).save(run)
