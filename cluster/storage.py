@@ -71,12 +71,12 @@ def join(uri: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """The same place named so that a process in another working folder finds it."""
-    return uri if is_remote(uri) else str(_path(uri).absolute())
+    return uri if is_remote(uri) else str(local_path(uri).absolute())
 
 
 def absolute_if_there(name: str) -> str:
     """A local file or folder that is there, by its absolute path; any other name, as a hub's or a package's, as is."""
-    return str(_path(name).absolute()) if name and not is_remote(name) and _path(name).exists() else name
+    return str(local_path(name).absolute()) if name and not is_remote(name) and local_path(name).exists() else name
 
 
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
@@ -89,7 +89,7 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
             ranged = {} if (start, length) == (0, None) else {"Range": f"bytes={start}-{end}"}
             data = _get(_location(uri) | ranged)
         else:
-            with _path(uri).open("rb") as file:
+            with local_path(uri).open("rb") as file:
                 left = max(0, os.fstat(file.fileno()).st_size - start)  # room is made for all that is asked for
                 file.seek(start)
                 data = file.read(-1 if length is None else min(length, left))
@@ -177,7 +177,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             place = _location(uri)
             _asking(lambda client: client.put_object(**place, Body=data), place)
             return
-        with _replacing(_path(uri)) as temporary:
+        with _replacing(local_path(uri)) as temporary:
             temporary.write_bytes(data)
 
 
@@ -188,7 +188,7 @@ def upload_file(path: Path, uri: str) -> None:
             place = _location(uri)
             _asking(lambda client: client.upload_file(str(path), *place.values()), place)
             return
-        with _replacing(_path(uri)) as temporary:
+        with _replacing(local_path(uri)) as temporary:
             shutil.copyfile(path, temporary)
 
 
@@ -198,7 +198,7 @@ def size(uri: str) -> int:
         if is_remote(uri):
             place = _location(uri)
             return int(_asking(lambda client: _head(client, place), place, _is_passing)["ContentLength"])
-        return _path(uri).stat().st_size
+        return local_path(uri).stat().st_size
 
 
 def _head(client: Any, place: Mapping[str, str]) -> Mapping[str, Any]:
@@ -215,7 +215,7 @@ def exists(uri: str) -> bool:
     """Whether a file or object is at exactly `uri`."""
     if not is_remote(uri):
         with _explained("read", uri):  # such as a name that is too long
-            return _path(uri).is_file()
+            return local_path(uri).is_file()
     try:
         size(uri)
     except NotFoundError:
@@ -229,7 +229,7 @@ def delete(uri: str) -> None:
             place = _location(uri)
             _asking(lambda client: client.delete_object(**place), place)
         else:
-            _path(uri).unlink()
+            local_path(uri).unlink()
 
 
 def list_files(uri: str) -> list[str]:
@@ -240,7 +240,7 @@ def list_files(uri: str) -> list[str]:
 def list_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file below `uri`, by its name relative to it; empty if there are none."""
     if not is_remote(uri):
-        folder, sizes = _path(uri), {}
+        folder, sizes = local_path(uri), {}
         for path in folder.rglob("*"):
             with suppress(FileNotFoundError):  # what others were writing has its own name by now
                 if path.is_file():
@@ -288,7 +288,7 @@ def download_folder(uri: str, folder: Path, patterns: Sequence[str] = ("*",)) ->
             with _explained("read", join(uri, name)):
                 _asking(lambda client: client.download_file(*location.values(), str(target)), location, _is_passing)
         else:
-            shutil.copyfile(_path(uri) / name, target)
+            shutil.copyfile(local_path(uri) / name, target)
 
     with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
         list(pool.map(download, names))
@@ -298,9 +298,9 @@ def download_folder(uri: str, folder: Path, patterns: Sequence[str] = ("*",)) ->
 def local_folder(uri: str) -> Iterator[Path]:
     """A local folder with the content of `uri`: itself if it is local, else a copy for as long as the block lasts."""
     if not is_remote(uri):
-        if not _path(uri).is_dir():
+        if not local_path(uri).is_dir():
             raise NotFoundError(f"there is no folder {uri}")
-        yield _path(uri)
+        yield local_path(uri)
         return
     with tempfile.TemporaryDirectory() as temporary:
         download_folder(uri, Path(temporary))
@@ -353,7 +353,7 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return filesystem, f"{location['Bucket']}/{location['Key']}".rstrip("/")
 
 
-def _path(uri: str) -> Path:
+def local_path(uri: str) -> Path:
     """A path as it is; that of a file:// URI, where some characters are percent-encoded."""
     if not uri.startswith("file://"):
         return Path(uri)

@@ -571,7 +571,7 @@ def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tr
     name = recipe.tracking.register_as
     if name is None:
         return run.model(family_of(recipe).STAGES[-1])
-    marker = storage.join(run.uri, "registered.json")
+    marker = run.registered
     if storage.exists(marker):
         document = read_json(marker)
         with parsing(marker):

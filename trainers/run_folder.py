@@ -4,6 +4,7 @@ RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
 RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
 RUN/measured/       the same of what was measured on checkpoints
+RUN/registered.json the registered version that the finished model became
 RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
@@ -11,6 +12,8 @@ RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
 RUN/precomputed/    what the denoiser is trained on: the outputs of the finished autoencoder and of the text encoder
 RUN/borrowed        there if another run's is read in its place: its URI
 RUN/pictures/       previews
+RUN/lr-find.json    of a learning-rate range test: its curve and what it suggests; lr-find.png draws it
+RUN/lr-find.png
 RUN/stacks/         where the threads of a rank stood that was ended because it hung: see watchdog.py
 """
 
@@ -129,6 +132,10 @@ class RunFolder:
     @property
     def unrecorded(self) -> str:
         return storage.join(self.uri, "unrecorded.json")
+
+    @property
+    def registered(self) -> str:
+        return storage.join(self.uri, "registered.json")
 
     @property
     def measured(self) -> str:

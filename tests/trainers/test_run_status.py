@@ -1,13 +1,15 @@
 """How a run that did not reach its end stands in MLflow."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import runtime
 from cluster.tracking import Tracker
-from trainers import launch
+from trainers import launch, run_folder
 from trainers.recipe import MSDMRecipe
 from trainers.run_folder import RunFolder
 
@@ -34,3 +36,17 @@ def test_what_fails_after_it_was_asked_to_stop_was_stopped(
     assert begun is not None
     tracker = Tracker(tracking_uri, begun["run_id"])
     assert tracker.client.get_run(tracker.run_id).info.status == status
+
+
+def test_the_legend_of_a_runs_folder_names_each_file() -> None:
+    """Whoever finds a file in there looks it up in one place."""
+    root = Path(__file__).parents[2]
+    sources = [path.read_text() for room in ("trainers", "sweeps") for path in (root / room).rglob("*.py")]
+    own = (root / "trainers" / "run_folder.py").read_text().replace("self.uri", "run.uri")
+    written = {name for text in [*sources, own] for name in re.findall(r'join\(run\.uri, "([^"{]+)"', text)}
+    written |= {"lr-find.json", "lr-find.png"}
+    assert {"run.json", "recipe.yaml", "unrecorded.json", "measured", "registered.json", "STOP"} <= written
+    assert run_folder.__doc__
+    named = re.findall(r"^RUN/([\w.-]+)", run_folder.__doc__, re.MULTILINE)
+    assert written <= set(named)
+    assert len(named) == len(set(named))

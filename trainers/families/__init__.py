@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from cluster import storage
 from cluster.nodes import Node
 from cluster.progress import OnProgress
 from data_shards import Manifest, ShardStream
@@ -68,7 +69,7 @@ def check_splits(shards_uri: str, manifest: Manifest) -> None:
 def block_cache(cache: Cache | None) -> BlockCache | None:
     if cache is None:
         return None
-    return BlockCache(Path(cache.folder.removeprefix("file://")), int(cache.max_gigabytes * 1e9))
+    return BlockCache(storage.local_path(cache.folder), int(cache.max_gigabytes * 1e9))
 
 
 def stream_from(
