@@ -22,7 +22,8 @@ from diffusers import FluxTransformer2DModel
 
 from benchmarks.circumstances import circumstances
 from tests.servers import free_port
-from trainers.engines.zero3 import load_partitioned, zero3_partitioned
+from trainers.engines.partitioned import load_partitioned
+from trainers.engines.zero3 import zero3_partitioned
 from trainers.flux.export import write_safetensors
 from trainers.flux.load import transformer_config, transformer_weights
 from trainers.recipe import Training

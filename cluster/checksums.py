@@ -9,6 +9,7 @@ from cluster.digests import file_digest
 from cluster.errors import UserError
 
 SUMS = "SHA256SUMS"
+MLFLOW_META = "registered_model_meta"  # a file that MLflow adds to copies that it serves
 REMEDY = "restore its files, or train or register it again"
 
 

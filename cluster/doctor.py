@@ -15,7 +15,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -28,7 +28,6 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster import storage
-from cluster.environment import variables
 from cluster.errors import UserError, first_line
 from cluster.knock import knock
 
@@ -158,7 +157,7 @@ def same_ray(of_cluster: str) -> Check:
 
 def nodes() -> Check:
     """One Ray, one Python and one time on all machines of the cluster."""
-    name, address = "Ray nodes", os.environ.get("RAY_ADDRESS", "local")
+    name, address = "Ray nodes", os.environ.get("RAY_ADDRESS", "").strip() or "local"
     if address == "local":
         return Check(name, None, "RAY_ADDRESS names no cluster: Ray starts within each command")
     if address.startswith("http"):
@@ -233,15 +232,14 @@ def s3(bucket: str | None) -> Check:
 def mlflow_server(tracking_uri: str | None) -> Check:
     """Whether the server answers, and lets us in."""
     name = "MLflow"
-    if not tracking_uri or not tracking_uri.startswith("http"):
-        return Check(name, None, "MLFLOW_TRACKING_URI names no server: runs are recorded in a file of this machine")
-    from cluster.tracking import connect, explained, without_secrets
+    from cluster.tracking import check_tracking, without_secrets
 
     try:
-        with _impatient(), explained(tracking_uri):
-            connect(tracking_uri).search_experiments(max_results=1)
+        check_tracking(tracking_uri)
     except Exception as error:
         return Check(name, False, first_line(error), _TRACKING_REMEDY)
+    if not tracking_uri or not tracking_uri.startswith("http"):
+        return Check(name, None, "MLFLOW_TRACKING_URI names no server: runs are recorded in a database")
     version = _get(f"{without_secrets(tracking_uri)}/version")
     return Check(name, True, f"version {version or 'unknown'} at {without_secrets(tracking_uri)}")
 
@@ -254,8 +252,7 @@ def mlflow_registry(tracking_uri: str | None) -> Check:
     from cluster.registry import check_rights
 
     try:
-        with _impatient():
-            check_rights(tracking_uri)
+        check_rights(tracking_uri)
     except Exception as error:
         return Check(name, False, first_line(error), _TRACKING_REMEDY)
     return Check(name, True, "models may be registered")
@@ -303,14 +300,6 @@ def shared_memory() -> Check:
     size = shutil.disk_usage(SHARED_MEMORY).total
     remedy = "start the container with more, such as --shm-size 8g"
     return Check(name, size >= SHARED_MEMORY_BYTES, f"{size / 1e9:.1f} GB", remedy)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """MLflow's client would ask again for minutes."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(2 * ANSWER_SECONDS)}
-    with variables(settings):
-        yield
 
 
 def _get(url: str) -> str:

@@ -13,10 +13,10 @@ def evaluation_document(name: str) -> str:
     `name` is the id of an evaluation's or a training run, runs:/ID, or a registered model's models:/NAME/VERSION or
     models:/NAME@ALIAS. Raises UserError if there is no such run or model, or it was not evaluated.
     """
-    from cluster.tracking import Tracker, connect, default_tracking_uri, explained
+    from cluster.tracking import Tracker, connect_to_read, default_tracking_uri, explained
 
     tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
+    client = connect_to_read(tracking_uri)
     run_id = _training_run(name)
     with explained(tracking_uri, name):
         if client.get_run(run_id).data.tags.get(KIND) != EVALUATION:

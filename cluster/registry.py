@@ -19,16 +19,17 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 
 from cluster import storage
-from cluster.checksums import SUMS, check_folder, checksums, digest_of
+from cluster.checksums import MLFLOW_META, SUMS, check_folder, checksums, digest_of
+from cluster.documents import parse_yaml, parsing
 from cluster.errors import UserError, did_you_mean
 from cluster.model_uri import parse_model_uri
-from cluster.tracking import SQLITE, Tracker, artifact_uri, connect, default_tracking_uri, explained
+from cluster.tracking import Tracker, artifact_uri, connect, connect_to_read, default_tracking_uri, explained
+from cluster.tracking_store import sqlite_file
 
 MODEL_FOLDER = "model"
 CODE_FOLDER = "code"
 DIGEST_TAG = "sha256sums"
 """Of a version: the digest of its file SHA256SUMS."""
-MLFLOW_META = "registered_model_meta"  # which MLflow adds to copies that it serves
 LOCK = ".promoting"
 """Ending of the registered model that exists while an alias of the model without the ending is moved."""
 
@@ -43,11 +44,12 @@ def model_folder(uri: str) -> Iterator[Path]:
             yield folder
         return
     tracking_uri = default_tracking_uri()
-    client = connect(tracking_uri)
+    client = connect_to_read(tracking_uri)
     with tempfile.TemporaryDirectory() as temporary:
         with explained(tracking_uri, uri):
             version = _find(client, uri) if uri.startswith("models:/") else _latest_of(client, uri)
             source = version.source if version else artifact_uri(client, uri)
+        with explained(tracking_uri, uri, is_patient=True):
             downloaded = mlflow.artifacts.download_artifacts(
                 artifact_uri=source, dst_path=temporary, tracking_uri=tracking_uri
             )
@@ -159,24 +161,37 @@ class RegisteredModel:
         Raises UserError if there is none, naming those there are.
         """
         tracking_uri = default_tracking_uri()
-        client = connect(tracking_uri)
+        client = connect_to_read(tracking_uri)
         with explained(tracking_uri, uri):
             found = _find(client, uri)
         return cls(tracking_uri, found.name), _version(found)
 
     @classmethod
-    def version_of_run(cls, run_id: str) -> Version | None:
-        """The latest version that a run registered; None if there is none, or no server of this environment's.
+    def version_of_copy(cls, folder: Path, run_id: str) -> Version | None:
+        """The version that a copy of a model is, as MLflow notes in those it makes of models:/NAME/…
 
-        Raises UserError if the server that the environment names does not answer.
+        Of another copy it is the latest that the run registered. None if there is none, or no server of this
+        environment's. Raises UserError if the server that the environment names does not answer, or if the run
+        registered models of several names: their tags may differ.
         """
         tracking_uri = default_tracking_uri()
-        if tracking_uri.startswith(SQLITE) and not Path(tracking_uri.removeprefix(SQLITE)).exists():
+        if (file := sqlite_file(tracking_uri)) and not file.exists():
             return None  # to ask would make an empty one
         client = connect(tracking_uri)
+        note = folder / MLFLOW_META
+        if note.is_file():
+            document = parse_yaml(note.read_bytes(), str(note))
+            with parsing(str(note)):
+                name, number = str(document["model_name"]), int(document["model_version"])
+            return cls(tracking_uri, name).version(number)
         with explained(tracking_uri, run_id):
-            found = [_version(version) for version in client.search_model_versions(f"run_id = '{run_id}'")]
-        return max(found, key=lambda version: version.number, default=None)
+            found = client.search_model_versions(f"run_id = '{run_id}'")
+        if len(names := {version.name for version in found}) > 1:
+            raise UserError(
+                f"run {run_id} registered models of several names, {', '.join(sorted(names))}: "
+                "name one, as models:/NAME/VERSION"
+            )
+        return max(map(_version, found), key=lambda version: version.number, default=None)
 
     @property
     def client(self) -> MlflowClient:
@@ -300,10 +315,10 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _latest_of(client: MlflowClient, uri: str) -> ModelVersion | None:
-    """The latest version that runs:/ID/model became."""
+    """The latest version that runs:/ID/model became: of several names, that of the last upload, as they share files."""
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     found = client.search_model_versions(f"run_id = '{run_id}'") if path == MODEL_FOLDER else []
-    return max(found, key=lambda version: int(version.version), default=None)
+    return max(found, key=lambda version: (version.creation_timestamp, int(version.version)), default=None)
 
 
 def _version(found: ModelVersion) -> Version:

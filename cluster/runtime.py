@@ -29,6 +29,8 @@ from cluster.errors import UserError
 from cluster.nodes import Node
 from cluster.provenance import ray_job
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -62,7 +64,7 @@ def connect(min_cpus: int) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = cluster_address()
     if address == "local":
         # Nobody drains one's own machine: Ray Train need not start a process that watches for it with every stage.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -79,15 +81,58 @@ def connect(min_cpus: int) -> Iterator[None]:
                     ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
                 else:
                     own.enter_context(_this_machine_alone())
-                    num_cpus = max(min_cpus, os.cpu_count() or 1)
-                    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+                    _start_own(num_cpus=max(min_cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
                 "start it with 'ray start --head', or unset RAY_ADDRESS to run on this machine alone"
             ) from None
+        except (RayError, RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"Ray cannot be started or reached (RAY_ADDRESS={address}): {_one_line(error)}: "
+                "see that Ray has one version everywhere, and set RAY_AUTH_MODE=token where the cluster wants one"
+            ) from None
         own.callback(ray.shutdown)
         yield
+
+
+def cluster_address() -> str:
+    """RAY_ADDRESS, or "local" where it is not set, or empty."""
+    return os.environ.get("RAY_ADDRESS", "").strip() or "local"
+
+
+def _start_own(**settings: Any) -> None:
+    """Start Ray inside this process, with a second try where a busy machine was too slow for the first.
+
+    Raises UserError if its folder cannot be used, or neither try succeeds.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or "/tmp"
+    for is_last in (False, True):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises plain ones where a process of its own does not answer in time
+            ray.shutdown()
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError | ConnectionError):
+                raise UserError(_folder_mistake(folder, error)) from None
+            if is_last:
+                raise UserError(
+                    f"Ray did not start on this machine, twice: {_one_line(error)}: "
+                    f"see that it has memory and processor time to spare, and the logs in {folder}/ray/session_latest"
+                ) from None
+            logger.warning("Ray did not start, and is started once more: %s", _one_line(error))
+
+
+def _folder_mistake(folder: str, error: OSError) -> str:
+    if "AF_UNIX" in str(error):
+        reason, remedy = "its path is too long for sockets, of which Ray makes some there", "a shorter one"
+    else:
+        reason, remedy = error.strerror or _one_line(error), "one with room where you may write"
+    return f"Ray cannot work in {folder}: {reason}: set RAY_TMPDIR to {remedy}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or repr(error)
 
 
 @contextmanager

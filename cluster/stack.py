@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cluster import storage
 from cluster.errors import UserError
 from cluster.s3_server import HOST, REGION
+from cluster.tracking_store import sqlite_uri
 
 START_SECONDS = 180  # a busy machine takes a minute to import what they need
 END_SECONDS = 10  # from SIGTERM to SIGKILL; Ray alone would drain for half a minute
 ANSWER_SECONDS = 5
-SAME_SECONDS = 2  # two readings of when a process began: they count from the boot, whose time clocks correct
 LOG_LINES = 20  # of a server that failed, in the message
 
 STATE, LOCK, ENVIRONMENT = "stack.json", "lock", "env"
@@ -75,21 +75,24 @@ class Settings(Block):
 
 
 class Process(Block):
-    """A process by what no other has: its id, which is given anew some day, and when it began."""
+    """A process by what no other has: its id, which is given anew some day, and when it began, by no clock."""
 
     pid: int
-    created: float
+    boot: str
+    """Which start of the machine it began after."""
+    began: float
+    """Clock ticks from that start to its own; where the system does not tell these, Unix time."""
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """The living process that has this id now."""
-        return cls(pid=pid, created=psutil.Process(pid).create_time())
+        """The living process that has this id now. Raises psutil.NoSuchProcess if there is none."""
+        return cls(pid=pid, boot=_boot(), began=_began(pid))
 
     def find(self) -> psutil.Process | None:
         """The process if it lives; not another that has its id by now, nor what is left of a dead one."""
         with suppress(psutil.Error):
             found = psutil.Process(self.pid)
-            if abs(found.create_time() - self.created) < SAME_SECONDS and not _is_dead(found):
+            if (self.boot, self.began) == (_boot(), _began(self.pid)) and not _is_dead(found):
                 return found
         return None
 
@@ -190,8 +193,8 @@ def real_servers(folder: Path, state: State) -> list[Server]:
             name="mlflow",
             command=[
                 *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(settings.mlflow_port)),
-                *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-                *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts"), "--workers", "1"),
+                *("--backend-store-uri", sqlite_uri(folder / "mlflow.db")),
+                *("--serve-artifacts", "--artifacts-destination", (folder / "artifacts").as_uri(), "--workers", "1"),
             ],
             # Its job runners are eight more processes, for what nothing here asks of it.
             environment=inherited | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
@@ -360,6 +363,20 @@ def _living(processes: Sequence[Process]) -> list[psutil.Process]:
     return [process for process in found.values() if not _is_dead(process)]
 
 
+def _boot() -> str:
+    """The id of this start of the machine; "" where the system gives none."""
+    return _read_if_there(Path("/proc/sys/kernel/random/boot_id")).strip()
+
+
+def _began(pid: int) -> float:
+    """When a process began. psutil's answer moves with the clock of the machine, which is set now and then."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return float(psutil.Process(pid).create_time())  # no /proc on this system, or no such process
+    return int(fields[19])  # starttime in proc(5); the name in brackets before may hold anything
+
+
 def _is_dead(process: psutil.Process) -> bool:
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
@@ -377,7 +394,7 @@ def _recorded(processes: Iterable[psutil.Process]) -> list[Process]:
     found = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            found.append(Process(pid=process.pid, created=process.create_time()))
+            found.append(Process.of(process.pid))
     return found
 
 

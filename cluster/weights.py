@@ -47,7 +47,7 @@ def local_weights(pretrained: str, patterns: Sequence[str] | None = None) -> Ite
         with tempfile.TemporaryDirectory() as temporary:
             storage.download_folder(pretrained, Path(temporary), patterns or ("*",))
             yield Path(temporary)
-    elif (folder := Path(pretrained.removeprefix("file://"))).is_dir():
+    elif (folder := storage.local_path(pretrained)).is_dir():
         yield folder
     else:
         yield _from_hub(pretrained, patterns)
@@ -167,7 +167,7 @@ def _digest_below(uri: str, pretrained: str, patterns: Sequence[str]) -> str:
 def _file_digest(uri: str) -> str:
     if not storage.is_remote(uri):
         try:
-            return file_digest(Path(uri.removeprefix("file://")))
+            return file_digest(storage.local_path(uri))
         except OSError as error:
             raise UserError(f"cannot read {uri}: {error.strerror}") from None
     digest = hashlib.sha256()

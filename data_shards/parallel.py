@@ -26,7 +26,7 @@ class Map(Protocol):
 
 def names_cluster() -> bool:
     """Whether RAY_ADDRESS names a cluster, as it does in its jobs."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return (os.environ.get("RAY_ADDRESS", "").strip() or "local") != "local"
 
 
 def is_connected() -> bool:

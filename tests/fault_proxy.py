@@ -20,10 +20,26 @@ class Fault(Enum):
 
     ERROR = auto()  # 500, as S3's InternalError
     SLOW_DOWN = auto()  # 503, as S3 asks for patience
+    TOO_MANY = auto()  # 429, with a header that asks for two minutes of patience
+    EXPIRED = auto()  # as S3 refuses a login that has run out
+    UNKNOWN_KEY = auto()  # as S3 refuses an access key
+    WRONG_SECRET = auto()  # as S3 refuses a signature
+    LATE = auto()  # answered rightly, after `late_seconds`
     RESET = auto()  # the connection is cut
     TRUNCATED = auto()  # half of the body, then the connection is cut
     HALTED = auto()  # half of the body, and then nothing until `release`
     STALLED = auto()  # what was sent is taken, and nothing is answered until `release`, then the request is done
+
+
+ERRORS: dict[Fault, tuple[int, str, dict[str, str]]] = {
+    Fault.ERROR: (500, "InternalError", {}),
+    Fault.SLOW_DOWN: (503, "SlowDown", {}),
+    Fault.EXPIRED: (400, "ExpiredToken", {}),
+    Fault.UNKNOWN_KEY: (403, "InvalidAccessKeyId", {}),
+    Fault.WRONG_SECRET: (403, "SignatureDoesNotMatch", {}),
+    Fault.TOO_MANY: (429, "TooManyRequests", {"Retry-After": "120"}),
+}
+"""Status, S3's code, and headers of what is answered."""
 
 
 class FaultProxy:
@@ -35,6 +51,9 @@ class FaultProxy:
         self.faults: Counter[Fault] = Counter()
         self.stalled = threading.Event()
         """Set when a request stands still."""
+        self.late_seconds = 4.0
+        self.authorization = ""
+        """The header of the request that `decide` is asked about."""
         self.address = ""
         self._target = target
         self._tls = tls
@@ -46,6 +65,7 @@ class FaultProxy:
         self._released.set()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.authorization = request.headers.get("Authorization", "")
         fault = self.decide(request.method, request.path_qs)
         body = await request.read()
         is_asked = self._authorization is not None and request.path != "/health"
@@ -53,16 +73,19 @@ class FaultProxy:
             return web.Response(status=401, headers={"WWW-Authenticate": "Basic"})
         if fault is not None:
             self.faults[fault] += 1
-        if fault in (Fault.ERROR, Fault.SLOW_DOWN):
-            code, status = ("InternalError", 500) if fault is Fault.ERROR else ("SlowDown", 503)
+        if fault in ERRORS:
+            status, code, headers = ERRORS[fault]
             return web.Response(
                 status=status,
+                headers=headers,
                 content_type="application/xml",
                 text=f"<Error><Code>{code}</Code><Message>told to</Message></Error>",
             )
         if fault is Fault.RESET:
             _cut(request)
             return web.Response()
+        if fault is Fault.LATE:
+            await asyncio.sleep(self.late_seconds)
         if fault is Fault.STALLED:
             self.stalled.set()
             while not self._released.is_set():

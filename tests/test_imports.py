@@ -12,7 +12,7 @@ MODEL_CODE = ("trainers/msdm", "trainers/flux", "trainers/kandinsky")
 DOORS = {
     "boto3": {"cluster/storage.py"},
     "botocore": {"cluster/storage.py"},
-    "mlflow": {"cluster/tracking.py", "cluster/registry.py", "trainers/serving.py"},
+    "mlflow": {"cluster/tracking.py", "cluster/tracking_store.py", "cluster/registry.py", "trainers/serving.py"},
     "ray": {
         "cluster/runtime.py",
         "cluster/jobs.py",

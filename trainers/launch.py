@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -31,19 +31,27 @@ from cluster import runtime, storage
 from cluster.checksums import checksums
 from cluster.errors import UserError, did_you_mean, first_line, no_room
 from cluster.provenance import git_commit
-from cluster.tracking import Status, Tracker, TrackingError, default_tracking_uri, without_secrets
+from cluster.tracking import (
+    Status,
+    Tracker,
+    TrackingError,
+    check_tracking,
+    default_tracking_uri,
+    now_ms,
+    without_secrets,
+)
 from data_shards import Manifest
 from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder, resume_point, seal, step_of
 from trainers.engines import Saving
-from trainers.exporter import Exporter
+from trainers.exporter import Exporter, RankExporter, controller_exporter
 from trainers.families import family_of
 from trainers.fidelity.extractor_uris import label_of
 from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.records import Records, Report, read_waiting
+from trainers.records import Measurement, Records, Report, read_waiting
 from trainers.run_folder import Registration, RunFolder
 from trainers.worker import train_rank
 
@@ -114,7 +122,10 @@ def train_recipe(
     recipe = at_absolute_paths(recipe)
     run = RunFolder.of(recipe, run_name)
     family = family_of(recipe)
+    storage.check_answers(recipe.data.shards)
     manifest = check_recipe(recipe)
+    storage.check_writable(run.uri)
+    check_tracking()
     _check_left(run, run.previous(recipe, family.STAGES[-1]))
     cluster, fidelity = recipe.cluster, recipe.fidelity
     trained = _stages_until(family.STAGES, until)
@@ -159,6 +170,7 @@ def train_recipe(
             for following in family.STAGES[len(trained) : len(trained) + 1]:
                 family.prepare(recipe, following, run, on_preparing)
             on_starting("export and registration")
+            Records(run, tracker).flush()
             model_uri = run.model(trained[-1]) if until else register_run(recipe, manifest, run, tracker)
             status = "FINISHED"
         except lease.LostError:
@@ -179,6 +191,8 @@ def train_recipe(
             raise
         finally:
             if status is not None:
+                with suppress(UserError):  # what it cannot be told now waits in the run's folder
+                    Records(run, tracker).flush(seconds=0)
                 finish_run(tracker, status)
     return TrainedRun(run, trained, tracker, tracker.last_metrics(), model_uri, tracker.failures())
 
@@ -312,7 +326,7 @@ def _train_stage(
     """Train one stage under Ray Train and put its model into the run's folder."""
     training, cluster = family_of(recipe).training_of(recipe, stage), recipe.cluster
     data = {"dataset_name": manifest.name, "dataset_digest": manifest.digest}
-    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, tracker=tracker, data=data)
+    measure = partial(_measure_beside, recipe=recipe, stage=stage, run=run, data=data)
     found = resume_point(storage.join(run.uri, stage), ray.__version__, partial(_say_skipped, stage))
     if found and step_of(found) >= training.steps:
         checkpoint = _checkpoint_at(found)
@@ -324,11 +338,9 @@ def _train_stage(
         if result.checkpoint is None or result.metrics is None or result.metrics["step"] < training.steps:
             raise RunStopped
         checkpoint = result.checkpoint
-        records = Records(run, tracker)
         # It may have been lost with the controller, after the checkpoint was registered; MLflow is told once all the
         # same.
-        records.add(_report(stage, result.metrics))
-        records.flush()
+        Records(run, tracker).add(_report(stage, result.metrics))
     resources = {"cpus": cluster.cpus_per_worker, "gpus": int(cluster.use_gpu)}
     runtime.call(_export_stage, recipe, stage, run, checkpoint, **resources)
 
@@ -489,7 +501,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, node = context.get_world_rank(), platform.node()
     origin = {"run": run.name, "mlflow_run_id": tracker.run_id, "stage": config["stage"], "rank": rank}
     origin |= {"world_size": context.get_world_size(), "node": node}
-    exporter = Exporter(run=run.name, stage=config["stage"], rank=rank)
+    exporter = RankExporter(run=run.name, stage=config["stage"], rank=rank)
     reported = 0
 
     def report(step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
@@ -503,11 +515,11 @@ def _train_worker(config: dict[str, Any]) -> None:
         if rank == 0:
             logger.info("step %d", step, extra={"metrics": {"step": step, **metrics}})
         ray.train.report(
-            {"step": step, "has_picture": pixels is not None, **metrics},
+            {"step": step, "has_picture": pixels is not None, "time_ms": now_ms(), **metrics},
             checkpoint=ray.train.Checkpoint.from_directory(saving.folder) if saving else None,
             checkpoint_dir_name=checkpoint_folder(step, context.get_world_size()),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(_upload, saving.written) if saving else None,
+            checkpoint_upload_fn=partial(_upload, saving.written, exporter.checkpointed) if saving else None,
             validation=saving is not None
             and _is_measured(recipe, config["stage"], step)
             and ray.train.ValidationTaskConfig(fn_kwargs={"step": step}),
@@ -552,25 +564,29 @@ def _train_worker(config: dict[str, Any]) -> None:
             logger.exception("the rank ends with an error")
             if isinstance(error, DivergedError):
                 # It overtakes the reports on their way, which would be lost: one that waits its turn lets them pass.
-                last = {"step": reported, "has_picture": False}
+                last = {"step": reported, "has_picture": False, "time_ms": now_ms()}
                 ray.train.report(last, checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC)
             raise
 
 
-def _upload(written: Future[None], checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def _upload(
+    written: Future[None], on_done: Callable[[], None], checkpoint: ray.train.Checkpoint, name: str
+) -> ray.train.Checkpoint:
     """Beside the training: wait until the checkpoint is written, and put it into the run's folder, with checksums."""
     context = ray.train.get_context()
     with _room_is_users():
         written.result()
         seal(Path(checkpoint.path), context.get_world_rank())
         persisted: ray.train.Checkpoint = context.get_storage().persist_current_checkpoint(checkpoint, name)
+    on_done()
     return persisted
 
 
 def _report(stage: str, reported: Mapping[str, Any]) -> Report:
     """What a rank has reported, to which Ray Train adds what was measured beside."""
     values = {name: value for name, value in reported.items() if not name.startswith(FIDELITY)}
-    return Report(stage, values.pop("step"), values, values.pop("has_picture"))
+    step, has_picture, time_ms = values.pop("step"), values.pop("has_picture"), values.pop("time_ms")
+    return Report(stage, step, values, has_picture, time_ms)
 
 
 class _RecordReports(ray.train.UserCallback):
@@ -581,12 +597,19 @@ class _RecordReports(ray.train.UserCallback):
         self.steps = steps
         self.records = records
         self.reports = reports
+        self.restarts = 0
+
+    @cached_property
+    def exporter(self) -> Exporter:  # made on the controller, as Ray's metrics do not travel
+        return controller_exporter(run=self.records.run.name, stage=self.stage)
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
     ) -> None:
         report = _report(self.stage, metrics[0])
         waiting = self.records.add(report)
+        self.exporter.set("reports_waiting", waiting)
+        self.exporter.set("restarts", self.restarts)
         # Plain values: the queue's own process need not import this project to hold them.
         self.reports.put((self.stage, report.step, self.steps, report.metrics, waiting))
 
@@ -595,6 +618,8 @@ class _RecordReports(ray.train.UserCallback):
         for error in worker_exceptions.values():
             if mistake := _hopeless(error):
                 raise mistake
+        self.restarts += 1
+        self.exporter.set("restarts", self.restarts)
 
 
 def _export_stage(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> None:
@@ -626,33 +651,38 @@ def _measure_beside(
     recipe: Recipe,
     stage: str,
     run: RunFolder,
-    tracker: Tracker,
-    data: Mapping[str, str],
+    data: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Ray Train's validation task: a checkpoint's fidelity, to MLflow. Whatever fails here, the training goes on.
+    """Ray Train's validation task: a checkpoint's fidelity, left in the run's folder for `Records` to tell MLflow of.
 
-    The work is that of a task within: if this process died, as by lack of memory, Ray would end the training.
+    Whatever fails here, the training goes on. The work is that of a task within: if this process died, as by lack of
+    memory, Ray would end the training.
     """
     use_gpu = recipe.fidelity is not None and recipe.fidelity.use_gpu
     # Ray itself would try for ever where a process is killed for its memory.
     measure = ray.remote(_measure).options(
         num_cpus=recipe.cluster.cpus_per_worker, num_gpus=int(use_gpu), max_retries=0
     )
+    metrics: dict[str, float] = {}
+    failure: Exception | None = None
     for _ in range(MEASURE_ATTEMPTS):
         try:
             measured = ray.get(measure.remote(recipe, stage, run, checkpoint))
         except RayTaskError as error:
-            failure: Exception = error.cause
+            failure = error.cause
             break
         except RayError as error:  # its process or machine is gone
             failure = error
         else:
-            metrics = {f"{FIDELITY}{name}": value for name, value in measured.items()}
-            uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
-            tracker.log_checkpoint(uri, step, metrics, **data)
-            return metrics
-    tracker.log_failure(f"fidelity at step {step}", first_line(failure))
-    return {}
+            metrics, failure = {f"{FIDELITY}{name}": value for name, value in measured.items()}, None
+            break
+    uri = storage.join(run.uri, stage, Path(checkpoint.path).name)
+    reason = first_line(failure) if failure else ""
+    try:
+        Measurement(stage, step, uri, metrics=metrics, failure=reason, **data).save(run)
+    except storage.StorageError as error:
+        logger.warning("the fidelity at step %d is not recorded: %s", step, error)
+    return metrics
 
 
 def _measure(recipe: Recipe, stage: str, run: RunFolder, checkpoint: ray.train.Checkpoint) -> dict[str, float]:

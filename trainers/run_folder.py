@@ -5,6 +5,7 @@ RUN/run.json        the MLflow run that records it
 RUN/recipe.yaml     the resolved recipe
 RUN/registered.json what its model was registered as
 RUN/unrecorded.json reports that MLflow could not be told yet: see records.py
+RUN/measured/       the same of what was measured on checkpoints
 RUN/STOP            there while the run is asked to stop
 RUN/placement       what the ranks that train, or trained last, hold of the Ray cluster: see launch.release
 RUN/vae/            Ray Train's folder of the stage: checkpoints; the finished autoencoder in model/
@@ -12,6 +13,8 @@ RUN/denoiser/       the same for the denoiser; the finished pipeline in model/
 RUN/precomputed/    what the denoiser is trained on: the outputs of the finished autoencoder and of the text encoder
 RUN/borrowed        there if another run's is read in its place: its URI
 RUN/pictures/       previews
+RUN/lr-find.json    of a learning-rate range test: its curve and what it suggests; lr-find.png draws it
+RUN/lr-find.png
 RUN/stacks/         where the threads of a rank stood that was ended because it hung: see watchdog.py
 """
 
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import storage
-from cluster.checksums import check_folder
+from cluster.checksums import MLFLOW_META, SUMS, check_folder
 from cluster.documents import read_json_as, read_text
 from cluster.errors import UserError
 from cluster.names import check_path_part
@@ -222,6 +225,13 @@ class RunFolder:
     def unrecorded(self) -> str:
         return storage.join(self.uri, "unrecorded.json")
 
+    @property
+    def measured(self) -> str:
+        return storage.join(self.uri, "measured")
+
+    def measurement(self, stage: str, step: int) -> str:
+        return storage.join(self.measured, f"{stage}-{step:06d}.json")
+
     def request_stop(self) -> None:
         storage.write_bytes(self._stop_file, b"")
 
@@ -240,7 +250,10 @@ def finished_model(uri: str) -> Iterator[Path]:
     Raises UserError if its files are not those that were finished, as far as that is known.
     """
     with storage.local_folder(uri) as folder:
-        if (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
+        registered = folder / SUMS  # of a copy in MLflow's artifacts, where more lies beside the finished model
+        if registered.is_file():
+            check_folder(folder, registered.read_text(errors="replace"), uri, ignoring=(SUMS, MLFLOW_META))
+        elif (folder / COMPLETE).is_file() and (sums := (folder / COMPLETE).read_text(errors="replace")):
             try:
                 check_folder(folder, sums, uri, ignoring=(COMPLETE,))
             except UserError as error:

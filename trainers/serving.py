@@ -48,7 +48,8 @@ class PromptToPNG(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model_uri = str(context.model_config["model_uri"])
-        folder, version = Path(context.artifacts["pipeline"]), _registered_version(self.model_uri)
+        folder = Path(context.artifacts["pipeline"])
+        version = _registered_version(folder, self.model_uri)
         sampling: Mapping[str, Any] = NO_SAMPLING
         if version is not None:
             check_registered(folder, version.tags, self.model_uri)
@@ -79,10 +80,10 @@ class PromptToPNG(PythonModel):
         return png(image, about_pictures(self.model_uri, prompt, seed, self.model.drawing.arguments(given)))
 
 
-def _registered_version(model_uri: str) -> Version | None:
-    """The version that runs:/ID/model became. The model is served also where nobody can tell."""
+def _registered_version(folder: Path, model_uri: str) -> Version | None:
+    """The version that is served, of the model that runs:/ID/model became. It is served also where nobody can tell."""
     try:
-        return RegisteredModel.version_of_run(model_uri.removeprefix("runs:/").partition("/")[0])
+        return RegisteredModel.version_of_copy(folder, model_uri.removeprefix("runs:/").partition("/")[0])
     except UserError as error:
         logger.warning("the model is not checked, and is drawn with its own settings alone: %s", error)
         return None

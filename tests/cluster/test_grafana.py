@@ -1,4 +1,7 @@
-"""The Grafana dashboard shows what is exported, all of it, and nothing else. No Grafana is here to open it."""
+"""The Grafana dashboard shows what is exported, all of it, and nothing else; Prometheus's rules ask for no other.
+
+No Grafana and no Prometheus is here to open them.
+"""
 
 import json
 import re
@@ -8,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from trainers.exporter import COUNTERS, GAUGES, PREFIX, RANK_GAUGES
+from trainers.exporter import COUNTERS, GAUGES, PREFIX, RANK_GAUGES, RUN_GAUGES
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "medsynth.json"
+RULES = DASHBOARD.with_name("alerts.yaml")
+FUNCTIONS = ("time", "changes", "increase", "delta", "max_over_time", "avg_over_time")
 COLUMNS = 24  # of Grafana's grid
 OF_RANKS = {f"ray_{PREFIX}{name}" for name in RANK_GAUGES} | {f"ray_{PREFIX}{name}_total" for name in COUNTERS}
-EXPORTED = {f"ray_{PREFIX}{name}" for name in GAUGES} | OF_RANKS
+EXPORTED = {f"ray_{PREFIX}{name}" for name in [*GAUGES, *RUN_GAUGES]} | OF_RANKS
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def dashboard() -> dict[str, Any]:
 @pytest.fixture
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = dashboard["panels"]
-    assert len(found) == 14
+    assert len(found) == 17
     return found
 
 
@@ -35,13 +41,15 @@ def test_each_metric_is_exported_and_each_exported_one_is_shown(panels: list[dic
     for panel in panels:
         for target in panel["targets"]:
             match = re.fullmatch(
-                r'(max|sum) by \((run, stage|run, stage, rank)\) \((\w+)\{run=~"\$run", stage=~"\$stage"\}\)',
+                r"(?:time\(\) - )?(max|sum) by \((run, stage|run, stage, rank)\) "
+                r'\((\w+)\{run=~"\$run", stage=~"\$stage"\}\)',
                 target["expr"],
             )
             assert match, target["expr"]
             function, labels, metric = match.groups()
             shown.add(metric)
             assert ("rank" in labels) == (metric in OF_RANKS)
+            assert target["expr"].startswith("time") == metric.endswith("_timestamp_seconds")
             assert (function == "sum") == metric.endswith("_total")
             assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) == set(labels.split(", "))
     assert shown == EXPORTED
@@ -80,3 +88,47 @@ def test_it_can_be_imported_anywhere(dashboard: dict[str, Any], panels: list[dic
     users = [variables["run"], variables["stage"], *panels, *(target for p in panels for target in p["targets"])]
     assert {user["datasource"]["uid"] for user in users} == {"${datasource}"}
     assert "id" not in dashboard
+
+
+# --- what every metric and every alert says ---
+
+
+@pytest.mark.parametrize("name", [*GAUGES, *RANK_GAUGES, *RUN_GAUGES, *COUNTERS])
+def test_a_help_text_is_a_sentence_that_stands_alone(name: str) -> None:
+    texts: dict[str, str] = GAUGES | RANK_GAUGES | RUN_GAUGES
+    texts.update({str(event): text for event, text in COUNTERS.items()})
+    text = texts[name]
+    assert re.fullmatch(r"[A-Z][^\n]{15,}\.", text)
+    assert not re.search(r"\b([Tt]he same|their|[Aa]s above|[Dd]itto)\b", text), text
+
+
+def test_each_alert_asks_for_what_is_exported() -> None:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    assert group.keys() == {"name", "rules"}
+    asked = set()
+    for rule in group["rules"]:
+        assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+        assert re.fullmatch(r"Medsynth[A-Z]\w+", rule["alert"])
+        assert re.fullmatch(r"\d+m", rule["for"])
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"].endswith(".")
+        assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= {"run", "stage", "rank"}
+        metrics, expression = re.findall(r"ray_\w+", rule["expr"]), rule["expr"]
+        assert metrics, rule["alert"]
+        asked.update(metrics)
+        # Nothing but known functions, labels, durations and numbers is left.
+        rest = re.sub(r"ray_\w+|\[\d+m\]", "", expression)
+        words = set(re.findall(r"[a-z_]+", rest))
+        assert words <= {"max", "sum", "by", "run", "stage", "rank", "or", *FUNCTIONS}, words
+        assert expression.count("(") == expression.count(")")
+        # Only counters have a rate: an increase of a gauge would take each fall for a restart.
+        assert all(name.endswith("_total") for name in re.findall(r"increase\((\w+)", expression))
+    assert asked <= EXPORTED
+    names = (
+        "step",
+        "skipped_steps",
+        "data_wait_fraction",
+        "storage_read_retries_total",
+        "checkpoint_timestamp_seconds",
+    )
+    assert asked >= {f"ray_{PREFIX}{name}" for name in names}

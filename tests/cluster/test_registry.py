@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import mlflow.artifacts
 import pytest
 from mlflow import MlflowClient
 
@@ -60,6 +61,29 @@ def test_another_name_for_a_runs_model_changes_no_file_of_the_first(name: str) -
     for uri, card in cards.items():
         with model_folder(f"models:/{uri}") as found:  # which checks the digests
             assert (found / "card").read_text() == card
+
+
+def test_a_copy_is_of_the_name_that_it_was_made_by(tracking_uri: str, tmp_path: Path) -> None:
+    """One run registered two names: the tags of each, such as how to draw, are its own."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "MLmodel").write_text("flavors: {}\n")
+    tracker = Tracker.start(experiment="models", run_name="r", tags={})
+    for name, value in (("first", "2"), ("second", "3"), ("second", "4")):
+        register(tracker, [tmp_path / "a"], name=name, tags={"guidance": value})
+
+    def guidance(uri: str) -> str | None:
+        copy = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / uri.replace("/", "-"))))
+        version = RegisteredModel.version_of_copy(copy, tracker.run_id)
+        return version.tags["guidance"] if version else None
+
+    assert guidance("models:/first/1") == "2"
+    assert guidance("models:/second/1") == "3"
+    with pytest.raises(UserError, match="registered models of several names, first, second: name one"):
+        guidance(f"runs:/{tracker.run_id}/model")
+    MlflowClient().delete_registered_model("second")
+    assert guidance(f"runs:/{tracker.run_id}/model") == "2"
+    MlflowClient().delete_registered_model("first")
+    assert guidance(f"runs:/{tracker.run_id}/model") is None
 
 
 def test_registered_models_are_found_by_version_alias_and_run(name: str) -> None:

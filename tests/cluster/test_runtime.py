@@ -3,6 +3,9 @@
 import json
 import signal
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +15,7 @@ from cluster import runtime
 from cluster.errors import UserError
 from cluster.nodes import Node
 from cluster.provenance import RAY_JOB_VARIABLE
+from data_shards.parallel import names_cluster
 from tests.servers import free_port
 
 
@@ -31,6 +35,50 @@ def test_an_address_of_another_kind_is_explained(address: str, monkeypatch: pyte
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=f"RAY_ADDRESS={address} is no address of a cluster"), runtime.connect(1):
         pass
+
+
+@pytest.mark.parametrize("value", ["", " ", None, "local"])
+def test_an_empty_address_is_none(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", value or "")
+    if value is None:
+        monkeypatch.delenv("RAY_ADDRESS")
+    assert runtime.cluster_address() == "local"
+    assert not names_cluster()
+
+
+def test_a_folder_that_ray_cannot_work_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "file").touch()
+    for folder, reason in (
+        (tmp_path / ("x" * 100), "its path is too long for sockets, .*: set RAY_TMPDIR to a shorter one"),
+        (tmp_path / "file", "Not a directory: set RAY_TMPDIR to one with room where you may write"),
+    ):
+        monkeypatch.setenv("RAY_TMPDIR", str(folder))
+        with pytest.raises(UserError, match=f"Ray cannot work in {folder}: {reason}") as caught, runtime.connect(1):
+            pass
+        assert "\n" not in str(caught.value)
+        assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_is_slow_to_start_has_a_second_try(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    tries = []
+
+    def init(**_: Any) -> None:
+        tries.append(time.monotonic())
+        if len(tries) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because\nsome of it failed.")
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures == 1:
+        with runtime.connect(1):
+            pass
+    else:
+        with pytest.raises(UserError, match=r"twice: The current node timed out .* because some of it") as caught:
+            runtime.connect(1).__enter__()
+        assert "\n" not in str(caught.value)
+    assert len(tries) == 2
 
 
 def test_what_a_job_would_lose_with_its_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

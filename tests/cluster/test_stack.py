@@ -175,12 +175,40 @@ def test_a_process_that_has_a_recorded_id_by_now_is_left_alone(folder: Path) -> 
         known = Process.of(stranger.pid)
         assert known.find() is not None
         folder.mkdir()
-        State(servers={"s3": (Process(pid=known.pid, created=known.created - 3600),)}).write(folder)
-        assert stack.down(folder) == []
+        for other in ({"began": known.began - 1}, {"boot": "another"}):
+            State(servers={"s3": (known.model_copy(update=other),)}).write(folder)
+            assert stack.down(folder) == []
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_clock_that_is_set_changes_no_process(
+    folder: Path, ports: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil tells when a process began by the machine's clock, as do some of its own comparisons."""
+    stack.up(folder, ports, two_servers)
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 5)
+    assert [server.state for server in stack.status(folder, two_servers)] == ["up", "up"]
+    assert stack.up(folder, {}, two_servers) == []
+    assert stack.down(folder) == ["mlflow", "s3"]
+    assert stack.down(folder) == []
+    assert all(map(is_free, (ports["s3_port"], ports["mlflow_port"])))
+
+
+def test_a_process_whose_name_holds_brackets_is_known() -> None:
+    name = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'a) R 1 (b', 0, 0, 0); print(flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", name], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        before = Process.of(process.pid)
+        process.stdout.readline()
+        assert Process.of(process.pid) == before
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_who_does_not_listen_is_killed() -> None:
@@ -309,10 +337,10 @@ def test_the_whole_stack(ports: dict[str, int], tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "a folder whose path is too long for sockets" / ("x" * 60)
     where = ("--folder", str(folder))
     options = [part for name, port in ports.items() for part in (f"--{name.replace('_', '-')}", str(port))]
-    met: set[tuple[int, float]] = set()
+    met: set[Process] = set()
 
     def meet() -> None:
-        met.update((process.pid, process.created) for found in State.read(folder).servers.values() for process in found)
+        met.update(process for found in State.read(folder).servers.values() for process in found)
 
     try:
         result = medsynth("up", *where, *options)
@@ -324,7 +352,7 @@ def test_the_whole_stack(ports: dict[str, int], tmp_path: Path, monkeypatch: pyt
         for name, value in stack.environment(folder, State.read(folder).settings).items():
             monkeypatch.setenv(name, value)
         storage.forget_clients()
-        for process in (psutil.Process(pid) for pid, _ in met if psutil.pid_exists(pid)):
+        for process in (psutil.Process(known.pid) for known in met if psutil.pid_exists(known.pid)):
             with suppress(psutil.NoSuchProcess):
                 for connection in process.net_connections("tcp"):
                     if connection.status == psutil.CONN_LISTEN:
@@ -363,7 +391,7 @@ def test_the_whole_stack(ports: dict[str, int], tmp_path: Path, monkeypatch: pyt
 
         result = medsynth("down", *where)
         assert result.exit_code == 0, result.output or result.exception
-        assert not [pid for pid, created in met if Process(pid=pid, created=created).find()]
+        assert not [process for process in met if process.find()]
         assert all(map(is_free, ports.values()))
 
         assert medsynth("up", *where).exit_code == 0
@@ -377,4 +405,4 @@ def test_the_whole_stack(ports: dict[str, int], tmp_path: Path, monkeypatch: pyt
         assert Path(MlflowClient().download_artifacts(run, "note.txt", str(tmp_path))).read_text() == "kept"
     finally:
         stack.down(folder)
-    assert not [pid for pid, created in met if Process(pid=pid, created=created).find()]
+    assert not [process for process in met if process.find()]

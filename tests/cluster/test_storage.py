@@ -1,6 +1,7 @@
 """Storage: one behaviour for local folders and a real S3 protocol server; faults in words a stranger understands."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -212,6 +213,90 @@ def test_a_read_outlives_a_service_that_refuses_longer_than_boto3_asks(proxy: Fa
     proxy.decide = lambda method, path: Fault.ERROR if proxy.faults[Fault.ERROR] < 6 else None
     assert storage.read_bytes(f"{bucket}/x") == b"0123"
     assert proxy.faults[Fault.ERROR] == 6
+
+
+def test_a_service_that_asks_for_patience_by_429_is_given_it(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.01,) * 6)
+    monkeypatch.setattr(storage, "TRIES", 1)  # boto3 pauses for seconds between its own
+    storage.forget_clients()
+    storage.write_bytes(f"{bucket}/x", b"0123")
+    for act in (
+        lambda: storage.write_bytes(f"{bucket}/x", b"0123"),
+        lambda: storage.read_bytes(f"{bucket}/x"),
+        lambda: storage.size(f"{bucket}/x"),
+        lambda: storage.list_files(bucket),
+    ):
+        proxy.faults.clear()
+        proxy.decide = lambda method, path: Fault.TOO_MANY if proxy.faults[Fault.TOO_MANY] < 6 else None
+        act()
+        assert proxy.faults[Fault.TOO_MANY] == 6
+    proxy.decide = lambda method, path: Fault.TOO_MANY
+    with pytest.raises(StorageError, match="the service asks for patience, also after many tries; try again later"):
+        storage.write_bytes(f"{bucket}/x", b"")
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (Fault.EXPIRED, "the AWS credentials have expired; log in again, as by 'aws sso login', or set fresh ones"),
+        (Fault.UNKNOWN_KEY, "the AWS access key is not known there; set AWS_ACCESS_KEY_ID"),
+        (Fault.WRONG_SECRET, "the AWS secret key does not fit the access key; set AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_credentials_that_were_changed_meanwhile_are_read_anew(
+    fault: Fault, remedy: str, proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_key(name: str) -> None:
+        (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id={name}\naws_secret_access_key=s\n")
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    set_key("first")
+    storage.forget_clients()
+    storage.write_bytes(f"{bucket}/x", b"0123")
+    valid = "first"
+    proxy.decide = lambda method, path: None if f"Credential={valid}/" in proxy.authorization else fault
+    acts: tuple[Callable[[str], object], ...] = (storage.read_bytes, storage.size, storage.list_files)
+    for number, act in enumerate(acts):
+        valid = f"key-{number}"
+        with pytest.raises(StorageError, match=remedy):  # nobody has set the new key yet
+            act(f"{bucket}/x")
+        assert proxy.faults[fault] <= 6, "wrong credentials are no reason to ask again and again"
+        set_key(valid)
+        act(f"{bucket}/x")
+        proxy.faults.clear()
+    valid = "last"
+    set_key(valid)
+    storage.write_bytes(f"{bucket}/x", b"new")
+    assert storage.read_bytes(f"{bucket}/x") == b"new"
+
+
+@pytest.mark.parametrize("fault", [Fault.STALLED, Fault.TOO_MANY])
+def test_a_refusal_comes_within_ten_seconds(fault: Fault, proxy: FaultProxy, bucket: str) -> None:
+    proxy.decide = lambda method, path: fault
+    for check in (storage.check_writable, storage.check_answers):
+        began = time.monotonic()
+        with pytest.raises(StorageError):
+            check(f"{bucket}/x")
+        assert time.monotonic() - began < 10
+
+
+def test_an_endpoint_that_is_no_url_is_explained(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    storage.forget_clients()
+    for act in (storage.read_bytes, storage.check_writable, storage.arrow_filesystem):
+        with pytest.raises(StorageError, match="Invalid endpoint: localhost:9000: set AWS_ENDPOINT_URL to http://"):
+            act("s3://bucket/x")
+
+
+def test_a_file_uri_is_percent_encoded(tmp_path: Path) -> None:
+    (tmp_path / "a b#%20?ü").write_bytes(b"x")
+    assert storage.read_bytes((tmp_path / "a b#%20?ü").as_uri()) == b"x"
+    assert storage.read_bytes(str(tmp_path / "a b#%20?ü")) == b"x"
+    assert storage.absolute("file://localhost/a%20b") == "/a b"
 
 
 def test_a_read_that_stands_still_is_asked_for_again(

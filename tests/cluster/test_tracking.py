@@ -4,6 +4,7 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -67,7 +68,7 @@ def test_a_run_is_found_by_each_job_that_worked_on_it(tracker: Tracker, monkeypa
 
 def test_a_measured_checkpoint_is_a_model_with_its_figures(store: str) -> None:
     tracker = Tracker.start(experiment="checkpoints", run_name="msdm-1.5", tags={})
-    data = {"dataset_name": "small", "dataset_digest": "d" * 64}
+    data: dict[str, Any] = {"dataset_name": "small", "dataset_digest": "d" * 64}
     tracker.log_dataset(name="small", digest="d" * 64, source="shards", context="training")
     tracker.log_checkpoint("runs/a/step-10", 10, {"fidelity/fid": 3.0}, **data)
     tracker.log_checkpoint("runs/a/step-20", 20, {"fidelity/fid": 2.0, "fidelity/kid": 0.1}, **data)

@@ -1,5 +1,8 @@
 """FLUX end to end on real images: learn four by heart, get them back through the unmodified FluxPipeline."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from trainers.flux.encoders import FluxEncoders
 from trainers.flux.export import export_adapters, write_safetensors
 from trainers.generate import load_model
 from trainers.pictures import to_pixels
-from trainers.recipe import FluxRecipe
+from trainers.recipe import FluxRecipe, dump_recipe
 from trainers.run_folder import RunFolder
 from trainers.worker import train_rank
 
@@ -238,3 +241,23 @@ def test_zero3_compiles_for_one_worker_alone(flux_document: dict[str, Any]) -> N
     flux_document["cluster"]["num_workers"] = [1, 2]
     with pytest.raises(ValueError, match=r"compile under engine: zero3 needs cluster.num_workers: 1"):
         changed(flux_document, training={"compile": True})
+
+
+def test_adapters_under_ddp_leave_deepspeed_alone(flux_document: dict[str, Any], tmp_path: Path) -> None:
+    """Its import sets DS_ACCELERATOR, for this process and all that it starts."""
+    recipe = changed(flux_document, engine="ddp", lora={"rank": 2}, training={"precision": "fp32"})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    code = """
+import os, sys, torch
+from trainers.families.flux import _engine, _transformer
+from trainers.recipe import load_recipe
+recipe, device = load_recipe("recipe.yaml"), torch.device("cpu")
+engine = _engine(recipe, _transformer(recipe, device), device)
+print(type(engine).__name__, "deepspeed" in sys.modules, "DS_ACCELERATOR" in os.environ)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.stdout.split() == ["DDPEngine", "False", "False"], found.stderr

@@ -21,6 +21,7 @@ from tests.trainers.test_launch import assert_equal, begin_with_vae, draw, train
 from trainers.export import export_checkpoint
 from trainers.launch import Progress, TrainedRun, _measure_beside
 from trainers.recipe import Fidelity, FluxRecipe
+from trainers.records import Records
 from trainers.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed-ranks")]  # one process has the one Ray
@@ -86,16 +87,17 @@ def test_a_measurement_that_fails_is_said_and_ends_nothing(
 ) -> None:
     recipe = with_values(recipe_document, fidelity={"every_steps": 2})
     tracker = Tracker.start(experiment="e", run_name="r", tags={})
+    run = RunFolder.of(recipe, "none")
     measured = _measure_beside(
         ray.train.Checkpoint(str(tmp_path)),
         step=4,
         recipe=recipe,
         stage="denoiser",
-        run=RunFolder.of(recipe, "none"),
-        tracker=tracker,
+        run=run,
         data={"dataset_name": "small", "dataset_digest": "d"},
     )
     assert measured == {}
+    Records(run, tracker).flush(seconds=0)
     assert tracker.failures() == {"fidelity at step 4": f"there is no folder {tmp_path}/runs/none/vae/model"}
 
 

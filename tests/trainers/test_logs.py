@@ -62,6 +62,54 @@ def test_passwords_in_urls_are_left_out(stream: io.StringIO) -> None:
     assert lines(stream)[0]["message"] == "no answer of http://host:9000/bucket"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://b.s3.amazonaws.com/k?X-Amz-Credential=SECRET%2F20261129&X-Amz-Expires=60&X-Amz-Signature=SECRET",
+        "GET https://h/k?x-amz-security-token=SECRET/+==&a=b failed",
+        "{'X-Amz-Security-Token': 'SECRET', 'Host': 'h'}",
+        "https://storage.googleapis.com/k?X-Goog-Signature=SECRET",
+        "https://h/k?AWSAccessKeyId=SECRET&Signature=SECRET&Expires=1",
+        "https://h.blob.core.windows.net/k?sv=1&sig=SECRET",
+        "Authorization: Bearer SECRET",
+        "headers={'Authorization': 'Basic U0VDUkVU+SECRET/==', 'Accept': '*'}",
+        "authorization=Basic SECRET",
+        "Authorization: AWS4-HMAC-SHA256 Credential=SECRET/20261129/us-east-1/s3/aws4_request, Signature=SECRET",
+        "the token: Bearer eyJhbGciOi.SECRET-x_y",
+        "http://user:SECRET/SECRET@host:5000/x",
+        "http://user:SECRET@SECRET@host/x",
+        "postgresql+psycopg://mlflow:12/SECRET@db:5432/mlflow",
+        "http://SECRET@host/x",
+        "aws_secret_access_key = SECRET",
+        'password="SECRET"',
+        "AWS_SESSION_TOKEN=SECRET",
+    ],
+)
+def test_secrets_are_left_out_wherever_they_stand(text: str, stream: io.StringIO) -> None:
+    with json_logs(stream, ORIGIN):
+        logging.getLogger("cluster.storage").warning("before %s after", text)
+        try:
+            raise OSError(text)
+        except OSError:
+            logging.getLogger("cluster.storage").exception("failed")
+    assert "SECRET" not in stream.getvalue()
+    assert lines(stream)[0]["message"].startswith("before ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "reading s3://bucket/x@y/00.tar again: an error of 3:04 pm, mail a@b.de",
+        "models:/polyp@champion at http://host:5000, the signature is of version 2",
+        "basic training; the bearer of news: step 5",
+    ],
+)
+def test_what_is_no_secret_stays(text: str, stream: io.StringIO) -> None:
+    with json_logs(stream, ORIGIN):
+        logging.getLogger("cluster.storage").warning(text)
+    assert lines(stream)[0]["message"] == text
+
+
 def test_only_medsynths_own_loggers_are_changed_and_only_inside(
     stream: io.StringIO, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -239,6 +239,15 @@ def test_digests_that_were_made_to_fit_are_refused(stored: Path) -> None:
         pass
 
 
+def test_a_registered_model_is_opened_by_the_folder_of_its_artifacts(stored: Path) -> None:
+    """More lies in it than in the finished model that was registered; what was changed is refused all the same."""
+    with open_model(str(stored)) as source:
+        assert (source.folder / UNET).is_file()
+    flip_last_byte(stored / UNET)
+    with pytest.raises(UserError, match=f"{UNET} has SHA-256"), open_model(str(stored)):
+        pass
+
+
 def test_a_finished_model_that_changed_is_not_registered(
     pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a run that did not reach its end leaves: its status in MLflow, and the folder of the run that another owns."""
 
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from ray.exceptions import ActorDiedError
 from cluster import runtime, storage
 from cluster.errors import UserError
 from cluster.tracking import Tracker
-from trainers import launch, lease
+from trainers import launch, lease, run_folder
 from trainers.recipe import MSDMRecipe
 from trainers.run_folder import RunFolder
 
@@ -189,3 +190,17 @@ def test_a_start_that_was_taken_over_from_ends_and_says_nothing_in_mlflow(
     with pytest.raises(lease.LostError, match="was taken over by"):
         train(ranks)
     assert status_of(recipe, tracking_uri) == "RUNNING"
+
+
+def test_the_legend_of_a_runs_folder_names_each_file() -> None:
+    """Whoever finds a file in there looks it up in one place."""
+    root = Path(__file__).parents[2]
+    sources = [path.read_text() for room in ("trainers", "sweeps") for path in (root / room).rglob("*.py")]
+    own = (root / "trainers" / "run_folder.py").read_text().replace("self.uri", "run.uri")
+    written = {name for text in [*sources, own] for name in re.findall(r'join\(run\.uri, "([^"{]+)"', text)}
+    written |= {"lr-find.json", "lr-find.png"}
+    assert {"run.json", "recipe.yaml", "unrecorded.json", "measured", "registered.json", "STOP"} <= written
+    assert run_folder.__doc__
+    named = re.findall(r"^RUN/([\w.-]+)", run_folder.__doc__, re.MULTILINE)
+    assert written <= set(named)
+    assert len(named) == len(set(named))

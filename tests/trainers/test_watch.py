@@ -109,6 +109,19 @@ def test_the_summary_has_the_last_fidelity_and_what_failed() -> None:
     assert "Failed: fidelity at step 20: cannot read weights [abc]" in out.getvalue()
 
 
+def test_the_summary_cuts_no_address_in_a_jobs_log() -> None:
+    """A log is 80 columns wide, to Rich."""
+    out = io.StringIO()
+    folder = RunFolder(f"s3://bucket/{'long/' * 20}run")
+    tracker = Tracker(f"sqlite:////{'long/' * 20}mlflow.db", "run")
+    trained = TrainedRun(folder, ("vae",), tracker, {}, folder.model("vae"), {})
+    summarize(Console(file=out, width=80), trained, "a polyp")
+    shown = out.getvalue().splitlines()
+    assert f"Model: {folder.model('vae')}" in shown
+    assert f"Pictures: {folder.uri}/pictures" in shown
+    assert f"MLflow: mlflow ui --backend-store-uri {tracker.tracking_uri}" in shown
+
+
 @pytest.mark.parametrize(
     ("interruption", "said"), [(RunStopped, "Stopped and saved"), (KeyboardInterrupt, "Stopped at once")]
 )

@@ -31,7 +31,8 @@ from trainers.compiling import blocks_of, compile_forwards
 from trainers.ema import EMA
 from trainers.engines import StepOutcome
 from trainers.engines.bf16_adamw import Bf16AdamW
-from trainers.engines.zero3 import Zero3Engine, load_partitioned, zero3_partitioned
+from trainers.engines.partitioned import load_partitioned
+from trainers.engines.zero3 import Zero3Engine, zero3_partitioned
 from trainers.estimates import AVERAGE_STEP_BYTES, ZERO3_STEP_BYTES
 from trainers.flux.checkpointing import CheckpointingMode, set_activation_checkpointing
 from trainers.recipe import Training

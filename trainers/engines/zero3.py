@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ from trainers.ema import ramped_decay
 from trainers.engines import Arriving, Saving
 from trainers.engines.bf16_adamw import Bf16AdamW
 from trainers.engines.deepspeed_config import NO_KEYS, deepspeed_config
+from trainers.engines.partitioned import shapes
 from trainers.engines.ranks import Ranks
 from trainers.recipe import Training
 from trainers.saving import CheckpointWriter
-from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, mismatches, stretch
+from trainers.sharded_checkpoint import Kind, ShardedCheckpoint, State, stretch
 
 # isort: split
 import deepspeed  # only here: deepspeed_config has told it by now that there may be no accelerator
@@ -151,12 +152,12 @@ class Zero3Engine(Ranks):
             kind: {name: tensor[: self._length(name)] for name, tensor in parts.items()}
             for kind, parts in tensors.items()
         }
-        state = State(step, self._optimizer_steps(), self._ema_updates, _shapes(self._parameters))
+        state = State(step, self._optimizer_steps(), self._ema_updates, shapes(self._parameters))
         write = partial(sharded_checkpoint.save, rank=self.rank, world_size=self.world_size, state=state)
         return self._writer.save(folder, own_parts, write)
 
     def load(self, folder: Path) -> int:
-        checkpoint = ShardedCheckpoint(folder).check_fits(_shapes(self._parameters))
+        checkpoint = ShardedCheckpoint(folder).check_fits(shapes(self._parameters))
         state = checkpoint.state
         self._begin_moments(state.optimizer_steps)
         for name, parameter in self._parameters.items():
@@ -240,33 +241,6 @@ def zero3_partitioned(
     config = deepspeed_config(training, dist.get_world_size(), optimizer_states=optimizer_states, keys=deepspeed_keys)
     with deepspeed.zero.Init(config_dict_or_path=config):
         yield
-
-
-@torch.no_grad()
-def load_partitioned(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill a model, cut over the ranks or whole, from whole tensors of which each is dropped before the next is read.
-
-    Raises UserError naming weights that are missing, not expected, or of another shape.
-    """
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    expected = _shapes(parameters)
-    found: dict[str, tuple[int, ...]] = {}
-    for name, tensor in named_tensors:
-        found[name] = tuple(tensor.shape)
-        if found[name] != expected.get(name):
-            continue
-        parameter = parameters[name]
-        if hasattr(parameter, "ds_tensor"):
-            start, stop = stretch(tensor.numel(), dist.get_rank(), dist.get_world_size())
-            parameter.ds_tensor[: stop - start].copy_(tensor.flatten()[start:stop])
-        else:
-            parameter.copy_(tensor)
-    if differing := mismatches(expected=expected, found=found):
-        raise UserError(f"the weights do not fit the {type(model).__name__}: {differing}")
-
-
-def _shapes(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
 
 
 def _update_backend(device: torch.device) -> str | None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from cluster import storage
 from cluster.nodes import Node
 from cluster.progress import OnProgress
 from data_shards import Manifest
@@ -83,7 +84,7 @@ def block_cache(cache: Cache | None) -> "BlockCache | None":
         return None
     from data_shards.block_cache import BlockCache
 
-    return BlockCache(Path(cache.folder.removeprefix("file://")), int(cache.max_gigabytes * 1e9))
+    return BlockCache(storage.local_path(cache.folder), int(cache.max_gigabytes * 1e9))
 
 
 def stream_from(

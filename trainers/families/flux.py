@@ -108,12 +108,14 @@ def _transformer(recipe: FluxRecipe, device: torch.device) -> "FluxTransformer2D
     """The pretrained transformer; under ZeRO-3 this rank's part of each weight."""
     from diffusers import FluxTransformer2DModel
 
-    from trainers.engines.zero3 import load_partitioned, zero3_partitioned
+    from trainers.engines.partitioned import load_partitioned
     from trainers.flux.export import lora_config
 
     config, weights = transformer_config(recipe.pretrained), transformer_weights(recipe.pretrained)
     settings = recipe.transformer
     if settings.engine == "zero3":
+        from trainers.engines.zero3 import zero3_partitioned
+
         with zero3_partitioned(
             settings.training, optimizer_states=settings.optimizer_states, deepspeed_keys=settings.deepspeed
         ):
