@@ -374,19 +374,17 @@ def test_a_row_of_more_or_fewer_fields_is_left_out_alone(tmp_path: Path, row: st
     ]
 
 
-@given(
-    st.lists(st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)] * 2), min_size=1)
-)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0."), min_size=1)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT)))
 def test_what_a_csv_writer_writes_is_what_is_read(rows: list[tuple[str, str]]) -> None:
+    rows = [*rows, ("a.png", "x")]
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("image", "caption"), *rows])
     with TemporaryDirectory() as folder:
         (Path(folder) / "t.csv").write_bytes(file.getvalue().encode())
-        try:
-            table = read_rows(f"{folder}/t.csv")
-        except UserError as error:
-            assert "look like rows" in str(error) or "has no rows" in str(error)
-            return
+        table = read_rows(f"{folder}/t.csv")
     assert [(row["image"], row["caption"]) for row in table] == [row for row in rows if any(map(str.strip, row))]
 
 
