@@ -67,7 +67,9 @@ def find(folder: str, name: str) -> str:
     if "://" in name:
         raise NameProblemError(f"{NOT_FOUND}: it is a URL; download the images and name their files")
     if name.startswith("/") or ".." in (*parents, last) or re.match(r"~[^/]*/|[A-Za-z]:/", name):
-        raise NameProblemError("path leaves the image folder: name files relative to it, or give the one they are in")
+        inside = listing(folder).alike(last)
+        hint = f"'{min(inside)}' is in it" if inside else "name files relative to it, or give the one they are in"
+        raise NameProblemError(f"path leaves the image folder: {hint}")
     if len(name.encode()) > MAX_NAME_BYTES or max(len(part.encode()) for part in (*parents, last)) > MAX_PART_BYTES:
         raise NameProblemError(f"{NOT_FOUND}: its name is too long for a file's")
     if storage.exists(uri := storage.join(folder, name)):

@@ -158,8 +158,10 @@ def read_row(row: Mapping[str, Any], name_column: str | None, columns: Columns) 
     """What a row says, its image's name in `name_column`. Raises BadValueError, which names the column."""
 
     def read(column: str | None, meaning: Callable[[Any], T], nothing: T) -> T:
+        if column is None:
+            return nothing
         try:
-            return nothing if column is None else meaning(row.get(column))
+            return meaning(row.get(column))
         except BadValueError as error:
             raise BadValueError(f"unusable value: column '{column}' holds {error}") from None
 
@@ -269,7 +271,8 @@ def _read_csv(data: bytes) -> Table:
         if not columns:
             table.columns = columns = [name.strip() for name in fields]
             continue
-        if any(swallowed.search(field) for field in fields if "\n" in field or "\r" in field):
+        spans_lines = lines.line_num + bool(stated) > line
+        if spans_lines and any(map(swallowed.search, fields)):
             raise ValueError(f"line {line}: a quoted field holds what look like rows: its quote is not closed, or late")
         row = Row(zip(columns, fields, strict=False))
         row.place = line

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-MISSING = frozenset(("nan", "NaN", "NAN", "<NA>", "NA", "N/A", "n/a", "#N/A", "NaT", "None", "null", "NULL"))
+MISSING = frozenset(("", "nan", "NaN", "NAN", "<NA>", "NA", "N/A", "n/a", "#N/A", "NaT", "None", "null", "NULL"))
 LIST_AS_TEXT = re.compile(r"""\[\s*['"].*['"]\s*\]|\{\s*['"].*\}""", re.DOTALL)
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
@@ -39,9 +39,8 @@ def text(value: Any) -> str:
         except UnicodeDecodeError:
             raise BadValueError("bytes that are no text") from None
     if isinstance(value, str):
-        value = value.strip()
-        is_blank = not any(c.isprintable() or unicodedata.category(c) in ("Cs", "Co") for c in value)
-        return "" if is_blank or value in MISSING else str(value)
+        value = str(value).strip()
+        return "" if value in MISSING or not (value.isprintable() or any(map(_is_visible, value))) else value
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas', which need not be installed
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
@@ -68,6 +67,10 @@ def label(value: Any) -> str:
     found = unicodedata.normalize("NFC", text(value))
     whole = WHOLE.fullmatch(found)
     return whole[1] if whole else found
+
+
+def _is_visible(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) in ("Cs", "Co")
 
 
 def _number(value: int | float | Decimal) -> str:

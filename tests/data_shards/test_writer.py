@@ -467,7 +467,8 @@ def test_a_file_is_found_over_the_spellings_of_its_name(
         ("https://example.org/a.jpg", "file not found: it is a URL; download the images and name their files"),
         ("s3://elsewhere/a.jpg", "file not found: it is a URL; download the images and name their files"),
         ("x" * 300 + ".jpg", "file not found: its name is too long for a file's"),
-        *((name, "path leaves the image folder: ") for name in ("C:\\images\\a.jpg", "~/a.jpg", "/else/a.jpg", "..")),
+        *((name, "path leaves the image folder: 'a.jpg'") for name in ("C:\\images\\a.jpg", "~/a.jpg", "/else/a.jpg")),
+        *((name, "path leaves the image folder: name files relative") for name in ("..", "../gone.jpg", "/gone.jpg")),
         ("a.jpg\0", "unreadable text: its file name holds a NUL character"),
     ],
 )
