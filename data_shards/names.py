@@ -1,6 +1,6 @@
 """Names of images, splits and sets: which of them are one, which file they name, and the keys of samples.
 
-A table names `p1/scan 1.jpg` -> its file, found over other spellings -> its key `p1_scan_1-5c0fc2a9`
+A table names `p1/scan 1.jpg` -> its file, found over other spellings -> its key `p1_scan_1-c7371901`
 """
 
 import hashlib
