@@ -174,15 +174,15 @@ def check_split(name: str) -> None:
     if not re.fullmatch(r"\w[\w-]*", name) or len(name) > MAX_SPLIT_LENGTH:
         shown = name if len(name) <= MAX_SPLIT_LENGTH else f"{name[:MAX_SPLIT_LENGTH]}…"
         raise UserError(
-            f"split '{shown}' cannot name files: use at most {MAX_SPLIT_LENGTH} letters, digits, '-' and '_', such as "
+            f"split {shown!r} cannot name files: use at most {MAX_SPLIT_LENGTH} letters, digits, '-' and '_', such as "
             "'fold_1'"
         )
 
 
 def check_set(name: str, splits: list[str]) -> None:
     """Raise UserError for a set whose name does not fit the names of files, with those of its splits."""
-    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", name):
-        raise UserError(f"a set of shards cannot be called '{name}', as its files begin with that: give another --name")
+    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*", name):
+        raise UserError(f"a set of shards cannot be called {name!r}, as its files begin with that: give another --name")
     longest = max(map(len, (f"{name}-{split}".encode() for split in splits)), default=0)
     if longest > MAX_SET_BYTES:
         raise UserError(f"the set's name with a split's has {longest} bytes, {MAX_SET_BYTES} fit: shorten --name")

@@ -233,7 +233,7 @@ def _first(quarantine: Sequence[Mapping[str, str]]) -> str:
 
 def _checks(inputs: Sequence[Record], apply: Map, on_progress: OnProgress) -> Iterator[Checked | BadInputError]:
     for done, (record, result) in enumerate(zip(inputs, apply(_check, inputs, CHECKED_AT_ONCE), strict=True), start=1):
-        if str(result).partition(":")[0] == NOT_FOUND:
+        if isinstance(result, BadInputError) and str(result).partition(":")[0] == NOT_FOUND:
             _check_missing(record)
         yield result
         on_progress("checking images", done, len(inputs))

@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import hypothesis
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -168,16 +169,16 @@ def test_folders_of_another_format_are_refused(tmp_path: Path) -> None:
 # --- what a value means ---
 
 
-NAT = np.datetime64("NaT")
+MISSING_VALUES: tuple[object, ...] = (
+    *(None, float("nan"), np.float32("nan"), np.datetime64("NaT"), Decimal("NaN")),
+    *("", " \t", "\u200b", []),
+)
 
 
 @pytest.mark.parametrize(
     ("value", "means"),
     [
-        *(
-            (missing, ())
-            for missing in (None, float("nan"), np.float32("nan"), NAT, Decimal("NaN"), "", " \t\u200b", [])
-        ),
+        *((missing, ()) for missing in MISSING_VALUES),
         *((word, ()) for word in ("nan", "NaN", "NA", "N/A", "None", "null", "<NA>")),
         *(([missing], ()) for missing in (None, float("nan"), " ", "nan")),
         ("  a polyp ", ("a polyp",)),
@@ -223,11 +224,13 @@ def test_what_is_neither_text_nor_number_is_refused(value: object, said: str) ->
         texts(value)
 
 
+EXAMPLES = hypothesis.settings(deadline=None, max_examples=50)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.dates(), st.decimals()
 )
 
 
+@EXAMPLES
 @given(st.recursive(SCALARS, lambda some: st.lists(some) | st.dictionaries(st.text(), some)))
 def test_every_value_is_missing_or_text_or_refused(value: object) -> None:
     """And means the same in a column of captions as anywhere else, and again when it is read as text."""
@@ -377,6 +380,7 @@ def test_a_row_of_more_or_fewer_fields_is_left_out_alone(tmp_path: Path, row: st
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0."), min_size=1)
 
 
+@EXAMPLES
 @given(st.lists(st.tuples(TEXT, TEXT)))
 def test_what_a_csv_writer_writes_is_what_is_read(rows: list[tuple[str, str]]) -> None:
     rows = [*rows, ("a.png", "x")]
