@@ -14,7 +14,6 @@ from rich.table import Table
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
-from cluster.terminal import plain
 from data_shards import overview
 from data_shards.manifest import Manifest
 from data_shards.names import split_name
@@ -112,20 +111,20 @@ def write(
             on_progress=on_progress,
         )
     total = sum(shard.num_samples for shard in manifest.shards)
-    console.print(f"{total} samples in {len(manifest.shards)} shards at {plain(out)}, digest {manifest.digest[:12]}")
+    console.print(f"{total} samples in {len(manifest.shards)} shards at {out}, digest {manifest.digest[:12]}")
     if manifest.quarantined:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
         console.print(
-            f"Left out: {sum(manifest.quarantined.values())} inputs ({plain(reasons)}); each is named in "
-            f"{plain(storage.join(out, QUARANTINE))}",
+            f"Left out: {sum(manifest.quarantined.values())} inputs ({reasons}); each is named in "
+            f"{storage.join(out, QUARANTINE)}",
             soft_wrap=True,
         )
     if manifest.near_duplicates:
         pairs = ", ".join(f"{pair} {count}" for pair, count in manifest.near_duplicates.items())
         console.print(
-            f"Near-duplicates across splits: {plain(pairs)}. So many samples of the first look the same as one of the "
-            f"second, as {plain(storage.join(out, DUPLICATES))} names them: a model would be judged on what it was "
-            "trained on. Give --group-column a column that joins them, or leave them out.",
+            f"Near-duplicates across splits: {pairs}. So many samples of the first look the same as one of the second, "
+            f"as {storage.join(out, DUPLICATES)} names them: a model would be judged on what it was trained on. Give "
+            "--group-column a column that joins them, or leave them out.",
             soft_wrap=True,
         )
 
@@ -144,7 +143,7 @@ def inspect(
     manifest = Manifest.load(shards)
     if contact_sheet and manifest.precomputed:
         raise UserError(f"{shards} is a precomputed set, with nothing to draw: inspect the shards it was made of")
-    table = Table(title=f"{plain(manifest.name)}, digest {manifest.digest[:12]}", title_justify="left")
+    table = Table(title=f"{manifest.name}, digest {manifest.digest[:12]}", title_justify="left")
     table.add_column("split", no_wrap=True)
     for column in ("samples", "shards", "MB", "groups", "captions an image"):
         table.add_column(column, justify="right")
@@ -153,7 +152,7 @@ def inspect(
         entries = manifest.split(split)
         samples = sum(shard.num_samples for shard in entries)
         table.add_row(
-            plain(split),
+            split,
             str(samples),
             str(len(entries)),
             f"{sum(shard.num_bytes for shard in entries) / 1e6:.1f}",
@@ -161,10 +160,10 @@ def inspect(
             f"{manifest.captions.get(split, 0) / samples:.1f}",
         )
     console.print(table)
-    words = [f"{plain(split)} {overview.spread(look.words)}" for split, look in looks.items()]
+    words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
     console.print(f"Words a caption: {'; '.join(words)}")
     if not manifest.precomputed:
-        sizes = {plain(split): [f"{w} x {h}" for w, h in look.sizes] for split, look in looks.items()}
+        sizes = {split: [f"{width} x {height}" for width, height in look.sizes] for split, look in looks.items()}
         console.print(f"Pixels: {'; '.join(f'{split} {overview.spread(found)}' for split, found in sizes.items())}")
     for title, counts in (
         ("Licences", manifest.licences),
@@ -173,13 +172,13 @@ def inspect(
         ("Near-duplicates across splits", manifest.near_duplicates),
     ):
         if counts:
-            console.print(f"{title}: " + ", ".join(f"{plain(what)} ({count})" for what, count in counts.items()))
+            console.print(f"{title}: " + ", ".join(f"{what} ({count})" for what, count in counts.items()))
     total = sum(shard.num_samples for shard in manifest.shards)
     seen = sum(look.num_samples for look in looks.values())
-    console.print(f"Split {plain(manifest.split_rule)}. Looked into {seen} of {total} samples.", soft_wrap=True)
+    console.print(f"Split {manifest.split_rule}. Looked into {seen} of {total} samples.", soft_wrap=True)
     if contact_sheet:
         overview.contact_sheet(shards, manifest, contact_sheet)
-        console.print(f"Samples drawn: {plain(contact_sheet)}", soft_wrap=True)
+        console.print(f"Samples drawn: {contact_sheet}", soft_wrap=True)
 
 
 @app.command()
@@ -204,7 +203,7 @@ def verify(
             on_progress("verifying", done, len(claims))
             faults += [fault] if fault else []
     for line in faults:
-        console.print(f"[red]✗[/] {plain(line)}", soft_wrap=True)
+        console.print(f"[red]✗[/] {line}", soft_wrap=True)
     num_bytes, all_bytes = (sum(s.num_bytes for s in some) for some in (drawn, manifest.shards))
     which = f"All {len(drawn)} shards"
     if len(drawn) < len(manifest.shards):
