@@ -134,7 +134,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "--model is given 2 times, and takes one value",
     ),
     "a path as the set's name": (
-        lambda here: ["shards", "write", "t.csv", "--out", "o", "--name", "../x"],
+        lambda here: ["shards", "write", one_row(here), "--out", str(here / "o"), "--name", "../x"],
         "cannot be called '../x'.*give another --name",
     ),
     "no such images": (
