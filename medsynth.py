@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster import doctor_cli, jobs_cli
 from cluster.environment import wait_passively
 from cluster.errors import UserError
+from cluster.options import refuse_repeats
 from cluster.stack_cli import app as stack
 from cluster.terminal import plain
 from data_shards.cli import app as shards
@@ -44,6 +45,7 @@ app.command(context_settings={"allow_interspersed_args": False})(jobs_cli.submit
 app.add_typer(jobs_cli.app, name="jobs", help="Jobs of a Ray cluster: list, status, logs, stop.")
 app.command()(doctor_cli.doctor)
 app.add_typer(stack, name="stack", help="S3, MLflow and Ray as servers on this machine.")
+refuse_repeats(app)
 
 
 def say_version(is_asked: bool) -> None:

@@ -268,6 +268,23 @@ def list_files(uri: str) -> list[str]:
     return sorted(list_sizes(uri))
 
 
+def list_folder(uri: str) -> list[str]:
+    """Names of the files directly in `uri` and, with a slash at their ends, of its folders; empty if there are none."""
+    with _explained("list", uri):
+        if not is_remote(uri):
+            if not _path(uri).is_dir():
+                return []
+            with os.scandir(_path(uri)) as entries:
+                return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+        location = _location(join(uri, ""))
+        listed = _s3().get_paginator("list_objects_v2")
+        found = []
+        for page in listed.paginate(Bucket=location["Bucket"], Prefix=location["Key"], Delimiter="/"):
+            found += [content["Key"] for content in page.get("Contents", [])]
+            found += [folder["Prefix"] for folder in page.get("CommonPrefixes", [])]
+    return sorted(name for key in found if (name := key.removeprefix(location["Key"])))
+
+
 def list_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file below `uri`, by its name relative to it; empty if there are none."""
     if not is_remote(uri):

@@ -14,6 +14,7 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import progress_lines
 from cluster.terminal import ask, console, plain
+from data_shards.names import split_name
 
 if TYPE_CHECKING:
     from data_shards.sample import Record
@@ -90,7 +91,7 @@ def write(
         elif format is Format.ROCO:
             records = roco_records(source)
         elif format is Format.TABLE:
-            records = table_records(source, images or str(PurePosixPath(source).parent), columns)
+            records = table_records(source, images or source.rpartition("/")[0] or ".", columns)
         else:
             rows = embedded_records(source, out, columns, images=images, split_by_file=split_by_file)
             records = unpacked.enter_context(rows)
@@ -167,8 +168,8 @@ def inspect(
             str(samples),
             str(len(entries)),
             f"{sum(shard.num_bytes for shard in entries) / 1e6:.1f}",
-            str(manifest.groups[split]),
-            f"{manifest.captions[split] / samples:.1f}",
+            str(manifest.groups.get(split, "not stated")),
+            f"{manifest.captions.get(split, 0) / samples:.1f}",
         )
     console.print(table)
     words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
@@ -237,11 +238,14 @@ def verify(
 def _splits(options: Sequence[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for option in options:
-        name, _, share = option.partition("=")
+        written, _, share = option.partition("=")
+        name = split_name(written)
+        if name in shares:
+            raise UserError(f"--split {option}: split '{name}' has a share already")
         try:
             shares[name] = float(share)
         except ValueError:
             raise UserError(f"--split {option}: write it as NAME=SHARE, for example train=0.8") from None
-        if not name.isidentifier() or not 0 < shares[name] < float("inf"):
-            raise UserError(f"--split {option}: a name and a share above 0 are needed, for example train=0.8")
+        if not 0 < shares[name] < float("inf"):
+            raise UserError(f"--split {option}: a share above 0 is needed, for example train=0.8")
     return shares

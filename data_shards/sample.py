@@ -32,6 +32,8 @@ class Record:
     """The split that the data set itself puts this image in, if it does."""
     part: tuple[int, int] | None = None
     """(offset, length) of the image's bytes in its file; None: the whole file `source_id` in `folder`."""
+    fault: str | None = None
+    """Why its source gives it up: its kind, a colon, and the particulars."""
 
 
 @dataclass(frozen=True)

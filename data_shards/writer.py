@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -25,6 +25,7 @@ from PIL import Image
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import OnProgress
+from data_shards import names
 from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
 from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
@@ -33,10 +34,9 @@ from data_shards.sample import Record, derive_seed
 
 QUARANTINE = "quarantine.jsonl"
 DUPLICATES = "duplicates.jsonl"
-IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
 KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
-NOT_FOUND = "file not found"
+NOT_FOUND = names.NOT_FOUND
 NOT_SHARED = (
     "is not there on all machines of the cluster: keep images and --out on s3://, or in a folder that all of them share"
 )
@@ -63,6 +63,11 @@ class Settings:
     """Shorter side in pixels to which larger images are reduced; None keeps the bytes of plain JPEG and PNG."""
     max_quarantined: float = 1.0
     """Share of the inputs that may be bad."""
+
+    def __post_init__(self) -> None:
+        for split in self.splits:
+            names.check_split(split)
+        names.check_set(self.name, list(self.splits))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def write_shards(
 
     Images are checked and shards written by `num_workers` threads, or by the cluster that RAY_ADDRESS names: the bytes
     are the same. A second call with the same input writes nothing. Raises UserError if `out` holds shards of other
-    input or settings (unless `overwrite`), if a split is empty, or if too many inputs are bad.
+    input or settings (unless `overwrite`), if a split is empty or cannot name files, or if too many inputs are bad.
     """
     if names_cluster():
         from cluster.runtime import check_outlives_job
@@ -108,10 +113,19 @@ def write_shards(
         check_outlives_job(out, "--out ")
     out = storage.absolute(out)
     storage.check_writable(out)
-    inputs = [replace(record, folder=storage.absolute(record.folder)) for record in records]
+    inputs = [_normal(record) for record in records]
+    _check_splits(inputs, settings)
+    names.listing.cache_clear()
     with mapping(num_workers) as apply:
         checked, quarantine = _check_all(inputs, settings, apply, on_progress)
-        parts = _split(checked, settings)
+        try:
+            if not checked:
+                raise UserError(f"none of {len(inputs)} inputs can be used: {_first(quarantine)}")
+            parts = _split(checked, settings)
+        except UserError:
+            if quarantine and not storage.exists(storage.join(out, MANIFEST)):
+                _write_lines(storage.join(out, QUARANTINE), quarantine)  # often it is why
+            raise
         fingerprint = _fingerprint(parts, settings)
         if existing := _finished(out, fingerprint, overwrite):
             on_progress("shards already written", len(existing.shards), len(existing.shards))
@@ -191,38 +205,85 @@ def _check_all(
     on_progress: OnProgress,
 ) -> tuple[list[Checked], list[dict[str, str]]]:
     """The good samples, and for each bad one its source id, the kind of its fault, and the whole reason."""
+    results = list(_checks(inputs, apply, on_progress))
+    keys = _keys([result for result in results if isinstance(result, Checked)])
     checked: list[Checked] = []
     quarantine: list[dict[str, str]] = []
-    keys: set[str] = set()
-    results = apply(_check, inputs, CHECKED_AT_ONCE)
-    for done, (record, result) in enumerate(zip(inputs, results, strict=True), start=1):
-        if isinstance(result, Checked) and result.key in keys:
-            result = BadInputError(f"duplicate key: another image is '{result.key}' already")
+    taken: set[str] = set()
+    for record, result in zip(inputs, results, strict=True):
         if isinstance(result, Checked):
-            keys.add(result.key)
-            checked.append(result)
-        else:
-            reason = str(result)
-            if reason == NOT_FOUND:
-                _check_missing(record)
-            quarantine.append({"source_id": record.source_id, "kind": reason.partition(":")[0], "reason": reason})
-        on_progress("checking images", done, len(inputs))
-    if len(quarantine) > settings.max_quarantined * len(inputs) or not checked:
-        first = "; ".join(f"{q['source_id'] or '(no name)'}: {q['reason']}" for q in quarantine[:3])
+            key = keys.pop(_identity(result), None)
+            if key is not None and key not in taken:
+                taken.add(key)
+                checked.append(replace(result, key=key))
+                continue
+            result = BadInputError(f"duplicate key: another image is '{key or result.key}' already")
+        reason = str(result)
+        quarantine.append({"source_id": record.source_id, "kind": reason.partition(":")[0], "reason": reason})
+    if checked and len(quarantine) > settings.max_quarantined * len(inputs):
         raise UserError(
             f"{len(quarantine)} of {len(inputs)} inputs are bad, more than --max-quarantined "
-            f"{settings.max_quarantined:g} allows: {first}"
-            if checked
-            else f"none of {len(inputs)} inputs can be used: {first}"
+            f"{settings.max_quarantined:g} allows: {_first(quarantine)}"
         )
     return checked, quarantine
 
 
+def _first(quarantine: Sequence[Mapping[str, str]]) -> str:
+    return "; ".join(f"{q['source_id'] or '(no name)'}: {q['reason']}" for q in quarantine[:3])
+
+
+def _checks(inputs: Sequence[Record], apply: Map, on_progress: OnProgress) -> Iterator[Checked | BadInputError]:
+    for done, (record, result) in enumerate(zip(inputs, apply(_check, inputs, CHECKED_AT_ONCE), strict=True), start=1):
+        if isinstance(result, BadInputError) and str(result).partition(":")[0] == NOT_FOUND:
+            _check_missing(record)
+        yield result
+        on_progress("checking images", done, len(inputs))
+
+
+def _keys(checked: Sequence[Checked]) -> dict[tuple[str, str, int], str]:
+    """The key of each sample by its identity, whatever the order of the table. Names that would have one key, as they
+    differ in an ending or stand in several splits, get a digest each; of those with the same bytes one gets a key."""
+    alike: dict[str, list[tuple[str, str, int]]] = {}
+    for sample in checked:
+        alike.setdefault(sample.key, []).append(_identity(sample))
+    keys: dict[tuple[str, str, int], str] = {}
+    for key, identities in alike.items():
+        distinct: dict[int, tuple[str, str, int]] = {}
+        for identity in sorted(identities, key=lambda one: (len(one[0]), one)):
+            distinct.setdefault(identity[-1], identity)
+        for source_id, split, crc32 in distinct.values():
+            keys[source_id, split, crc32] = names.distinct_key(key, source_id, split) if len(distinct) > 1 else key
+    return keys
+
+
+def _identity(sample: Checked) -> tuple[str, str, int]:
+    return sample.record.source_id, sample.record.split or "", sample.crc32
+
+
+def _normal(record: Record) -> Record:
+    """The same record for whatever way its folder and its file are named."""
+    folder = storage.absolute(record.folder)
+    if record.part is not None or record.fault:
+        return replace(record, folder=folder)
+    return replace(record, folder=folder, source_id=names.normal(record.source_id, folder))
+
+
+def _check_splits(inputs: Sequence[Record], settings: Settings) -> None:
+    """Raise UserError for a split that cannot name files."""
+    splits = {record.split for record in inputs if record.split and not _fault_of_text(record)}
+    for split in sorted(splits):
+        names.check_split(split)
+    names.check_set(settings.name, sorted(splits))
+
+
 def _check(record: Record) -> Checked | BadInputError:
     try:
+        if record.fault:
+            raise BadInputError(record.fault)
         if not record.captions:
             raise BadInputError("empty caption")
-        _check_text(record)
+        if fault := _fault_of_text(record):
+            raise BadInputError(fault)
         uri = _locate(record)
         data = storage.read_bytes(uri, *(record.part or ()))
         image = open_image(data)
@@ -234,43 +295,45 @@ def _check(record: Record) -> Checked | BadInputError:
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
     conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
-    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
+    return Checked(names.key_of(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
 
 
-def _check_text(record: Record) -> None:
-    """JSON may escape half of a character (\\ud800), of which no UTF-8 can be written."""
+def _fault_of_text(record: Record) -> str | None:
+    """JSON may escape half of a character (\\ud800), of which no UTF-8 can be written, and the end of C's strings."""
     texts = [("caption", caption) for caption in record.captions]
     texts += [("file name", record.source_id), ("group", record.group or "")]
     texts += [("licence", record.licence or ""), ("split", record.split or "")]
     for what, text in texts:
+        if "\0" in text:
+            return f"unreadable text: its {what} holds a NUL character"
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise BadInputError(f"unreadable text: its {what} holds half of a character") from None
+            return f"unreadable text: its {what} holds half of a character"
+    return None
 
 
 def _locate(record: Record) -> str:
     """The URI of the image's file, which never leaves the record's folder."""
-    name = record.source_id
-    if not name:
+    if not record.source_id:
         raise BadInputError("no file name")
     if record.part is not None:
         return record.folder
-    if name.startswith(("/", "~")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-        raise BadInputError("path leaves the image folder")
-    for ending in IMAGE_ENDINGS:
-        uri = storage.join(record.folder, name + ending)
-        if storage.exists(uri):
-            if not storage.is_remote(uri):
-                folder = Path(record.folder.removeprefix("file://")).resolve()
-                if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
-                    raise BadInputError("path leaves the image folder: it is a link")
-            return uri
-    raise BadInputError(NOT_FOUND)
+    try:
+        uri = names.find(record.folder, record.source_id)
+    except names.NameProblemError as problem:
+        raise BadInputError(str(problem)) from None
+    if not storage.is_remote(uri):
+        folder = Path(record.folder.removeprefix("file://")).resolve()
+        if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
+            raise BadInputError("path leaves the image folder: it is a link")
+    return uri
 
 
 def _check_missing(record: Record) -> None:
-    """Raise UserError for a file that only machines of the cluster other than this one miss."""
+    """Raise UserError if the whole folder is missing, or the file only on machines of the cluster other than this."""
+    if not any(names.listing(record.folder)):
+        raise UserError(f"there is no folder of images at {record.folder}, or nothing in it: name theirs with --images")
     if names_cluster() and not storage.is_remote(record.folder):
         with suppress(BadInputError):
             raise UserError(f"{_locate(record)} {NOT_SHARED}")
@@ -280,13 +343,6 @@ def _check_shared(uri: str) -> None:
     """Raise UserError for a shard that another machine of the cluster wrote to a disk of its own."""
     if names_cluster() and not storage.exists(uri):
         raise UserError(f"{uri} {NOT_SHARED}")
-
-
-def _key(source_id: str) -> str:
-    """A WebDataset key: WebDataset cuts names at the first dot, and slashes would make folders."""
-    path = PurePosixPath(source_id.replace("\\", "/"))
-    stem = path.with_suffix("") if path.suffix.lower() in IMAGE_ENDINGS else path
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in str(stem))
 
 
 def _conversion(image: Image.Image, data: bytes) -> str | None:
@@ -322,7 +378,7 @@ def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Che
                     "would leak into the other: mend the table, or draw the split without --split-column"
                 )
     for sample in checked:
-        split = stated.get(_group(sample)) or _drawn_split(_group(sample), settings)
+        split = stated.get(_group(sample)) or _drawn_split(sample, settings)
         parts.setdefault(split, []).append(sample)
     is_drawn = any(not sample.record.split for sample in checked)
     for split, part in parts.items():
@@ -336,7 +392,8 @@ def _split(checked: Sequence[Checked], settings: Settings) -> dict[str, list[Che
     return {split: part for split, part in parts.items() if part}
 
 
-def _drawn_split(group: str, settings: Settings) -> str:
+def _drawn_split(sample: Checked, settings: Settings) -> str:
+    group = sample.record.group or f"image {names.drawn_name(sample.record.source_id)}"
     if not settings.splits:
         raise UserError(f"{group} states no split: fill the split column, or give shares with --split")
     total = sum(settings.splits.values())
@@ -418,8 +475,8 @@ def _write_lines(uri: str, documents: Iterable[Mapping[str, Any]]) -> None:
 
 def _tidy(out: str, settings: Settings) -> None:
     """Remove files that a killed process was about to give their names."""
-    names = "|".join(re.escape(name) for name in (QUARANTINE, DUPLICATES, MANIFEST, ".writable"))
-    half_written = re.compile(rf"\.({re.escape(settings.name)}-[^/]+-\d{{6}}\.[^/]+|{names})\.\w{{8}}")
+    lists = "|".join(re.escape(name) for name in (QUARANTINE, DUPLICATES, MANIFEST, ".writable"))
+    half_written = re.compile(rf"\.({re.escape(settings.name)}-[^/]+-\d{{6}}\.[^/]+|{lists})\.\w{{8}}")
     for name in storage.list_files(out):
         if half_written.fullmatch(name):
             storage.delete(storage.join(out, name))

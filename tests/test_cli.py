@@ -13,7 +13,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import trainers.recipe
+from cluster import storage
 from cluster.errors import UserError
+from cluster.options import OneValueEach
 from data_shards import Manifest
 from data_shards.cli import app as shards_app
 from medsynth import app
@@ -96,6 +98,11 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(recipe_file: Path) ->
     assert "unknown key 'denoiser.training.learning_rat': did you mean 'learning_rate'?" in line
 
 
+def one_row(folder: Path) -> str:
+    (folder / "t.csv").write_text("image,caption\na.png,x\n")
+    return str(folder / "t.csv")
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such recipe": (lambda here: ["train", "nowhere.yaml"], "cannot read nowhere.yaml: it is not there"),
     "a recipe of another folder": (
@@ -146,8 +153,41 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda here: ["shards", "write", "t.csv", "--out", "o"],
         "cannot read t.csv: it is not there",
     ),
+    "a share twice": (
+        lambda here: ["shards", "write", "t.csv", "--out", "o", "--split", "val=1", "--split", "Validation=2"],
+        "--split Validation=2: split 'validation' has a share already",
+    ),
+    "a column twice": (
+        lambda here: ["shards", "write", "t.csv", "--out", "o", "--caption-column", "a", "--caption-column=b"],
+        "--caption-column is given 2 times, and takes one value: leave one",
+    ),
+    "a model twice": (
+        lambda here: ["generate", "--model", "a", "--prompt", "x", "--model", "b"],
+        "--model is given 2 times, and takes one value",
+    ),
+    "a path as the set's name": (
+        lambda here: ["shards", "write", one_row(here), "--out", str(here / "o"), "--name", "../x"],
+        "cannot be called '../x'.*give another --name",
+    ),
+    "no such images": (
+        lambda here: ["shards", "write", one_row(here), "--images", str(here / "gone"), "--out", str(here / "o")],
+        "there is no folder of images at .*gone",
+    ),
     "nothing to inspect": (lambda here: ["shards", "inspect", "nowhere"], "no shards at nowhere"),
 }
+
+
+def commands(group: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield " ".join((*path, name)), command
+
+
+@pytest.mark.parametrize(("name", "command"), commands(get_command(app)))
+def test_no_command_drops_the_first_of_two_values(name: str, command: Any) -> None:
+    assert isinstance(command, OneValueEach), name
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -204,3 +244,13 @@ def test_quarantined_inputs_are_counted_and_the_list_is_named(small_source: Path
     table.write_text(f"image,caption\n{rows}gone.jpg,a polyp\n{names[0]}x.jpg,a polyp\n")
     output = run("shards", "write", str(table), "--images", str(small_source / "images"), "--out", "out")
     assert "Left out: 2 inputs (file not found 2); each is named in out/quarantine.jsonl" in output
+
+
+def test_a_table_on_s3_has_its_images_beside_it(small_source: Path, bucket: str, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (small_source / "images").glob("*.jpg"))[:3]
+    (small_table := tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{name},a polyp\n" for name in names))
+    for name in names:
+        storage.upload_file(small_source / "images" / name, f"{bucket}/{name}")
+    storage.upload_file(small_table, f"{bucket}/t.csv")
+    how = ["--split", "train=1", "--out", str(tmp_path / "out")]
+    assert f"{len(names)} samples in" in run("shards", "write", f"{bucket}/t.csv", *how)

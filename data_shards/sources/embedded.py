@@ -21,11 +21,12 @@ import pyarrow.parquet
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
+from data_shards.names import split_name
 from data_shards.sample import Record
-from data_shards.sources.table import Columns, check_columns, text_of
+from data_shards.sources.table import Columns, Gathered, check_columns, read_row
+from data_shards.sources.values import BadValueError
 
 ROWS = 64  # of a Parquet file held at a time; Arrow files hold rows in batches of their own
-SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 PARQUET_NAME = re.compile(r"(?P<split>[A-Za-z]+)([-_.].*)?\.parquet")  # such as train-00000-of-00012.parquet
 
 
@@ -44,9 +45,11 @@ class RowFile:
 class Image:
     """What is known of one image when all its rows were seen."""
 
-    record: Record
+    source_id: str
+    folder: str
+    part: tuple[int, int] | None
     checksum: int | None
-    captions: dict[str, None] = field(default_factory=dict)
+    said: Gathered = field(default_factory=Gathered)
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def _row_file(folder: str, name: str, split: str | None = None) -> RowFile:
     if split is None and (stated := PARQUET_NAME.fullmatch(PurePosixPath(name).name)):
         split = stated["split"]
     return RowFile(
-        storage.join(folder, name), str(PurePosixPath(name).with_suffix("")), _split(split) if split else None
+        storage.join(folder, name), str(PurePosixPath(name).with_suffix("")), split_name(split) if split else None
     )
 
 
@@ -122,62 +125,56 @@ def _inside(name: str, uri: str) -> str:
     return name
 
 
-def _split(name: str) -> str:
-    return SPLIT_NAMES.get(name.lower(), name.lower())
-
-
 # --- rows ---
 
 
 def _records(
     files: list[RowFile], unpacked: str, columns: Columns, images: str | None, split_by_file: bool
 ) -> Iterator[Record]:
-    found: dict[tuple[str | None, str], Image] = {}
+    found: dict[tuple[str, str], Image] = {}
+    faulty: list[Record] = []
     for number, file in enumerate(files):
         uri = storage.join(unpacked, f"{number:06d}.images")
         with tempfile.NamedTemporaryFile() as blob:
             for row_number, (row, encoded, path) in enumerate(_rows(file, columns)):
-                split = file.split if split_by_file else text_of(row, columns.split) or None
-                name = text_of(row, columns.id) if columns.id else f"{file.name}-{row_number:06d}"
+                try:
+                    said = read_row(row, columns.id, columns)
+                except BadValueError as problem:
+                    place = f"{file.name}-{row_number:06d}"
+                    faulty.append(Record(place, uri, (), fault=f"{problem} (row {row_number} of {file.uri})"))
+                    continue
+                if split_by_file:
+                    said = said._replace(split=file.split or "")
+                name = said.name if columns.id else f"{file.name}-{row_number:06d}"
                 checksum = None if encoded is None else zlib.crc32(encoded)
-                identity = (split, name or f"row {row_number} of {file.uri}")  # each nameless one is bad by itself
+                identity = (said.split, name or f"row {row_number} of {file.uri}")  # each nameless one is bad by itself
                 image = found.get(identity)
                 if image is None:
-                    record = Record(
-                        source_id=name,
-                        folder=uri,
-                        captions=(),
-                        group=text_of(row, columns.group) or None,
-                        licence=text_of(row, columns.licence) or None,
-                        split=split,
-                        part=None if encoded is None else _append(blob, encoded),
-                    )
                     if encoded is None:
-                        record = replace(record, source_id=path or name, folder=images or file.uri.rpartition("/")[0])
-                    image = found[identity] = Image(record, checksum)
+                        folder = images or file.uri.rpartition("/")[0]
+                        image = Image(path or name, folder, None, checksum)
+                    else:
+                        image = Image(name, uri, _append(blob, encoded), checksum)
+                    found[identity] = image
                 elif image.checksum != checksum:
                     raise UserError(
                         f"{file.uri}, row {row_number}: '{name}' in column '{columns.id}' names two different images; "
                         "give the column that names one each with --id-column"
                     )
-                image.captions.update(dict.fromkeys(_captions(row[columns.caption])))
+                image.said.add(said)
             blob.flush()
             storage.upload_file(Path(blob.name), uri)
-    if not found:
+    if not found and not faulty:
         raise UserError(f"{files[0].uri} has no rows")
     for image in found.values():
-        yield replace(image.record, captions=tuple(image.captions))
+        yield image.said.record(image.source_id, image.folder, image.part)
+    yield from faulty
 
 
 def _append(blob: Any, encoded: memoryview) -> tuple[int, int]:
     offset = blob.tell()
     blob.write(encoded)
     return offset, len(encoded)
-
-
-def _captions(value: Any) -> list[str]:
-    texts = value if isinstance(value, list) else [value]
-    return [text for text in ("" if each is None else str(each).strip() for each in texts) if text]
 
 
 def _rows(file: RowFile, columns: Columns) -> Iterator[tuple[Mapping[str, Any], memoryview | None, str]]:
@@ -195,13 +192,13 @@ def _rows(file: RowFile, columns: Columns) -> Iterator[tuple[Mapping[str, Any], 
 
 def _parquet_batches(file: Any, columns: Columns, uri: str) -> Iterator[pyarrow.RecordBatch]:
     parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-    check_columns(columns, parquet.schema_arrow.names, uri)
+    check_columns(columns.used, parquet.schema_arrow.names, uri)
     yield from parquet.iter_batches(ROWS, columns=columns.used, use_threads=False)
 
 
 def _arrow_batches(file: BinaryIO, columns: Columns, uri: str) -> Iterator[pyarrow.RecordBatch]:
     with pyarrow.ipc.open_stream(file) as stream:
-        check_columns(columns, stream.schema.names, uri)
+        check_columns(columns.used, stream.schema.names, uri)
         for batch in stream:
             yield batch.select(columns.used)
 

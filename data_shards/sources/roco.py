@@ -15,8 +15,8 @@ from dataclasses import replace
 from cluster import storage
 from cluster.errors import UserError
 from data_shards.sample import Record
-from data_shards.sources.metadata import with_metadata
-from data_shards.sources.table import Columns, read_rows, table_records
+from data_shards.sources.metadata import matched, with_metadata
+from data_shards.sources.table import Columns, Table, read_rows, table_records
 
 COLUMNS = Columns(image="ID", caption="Caption")
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -64,14 +64,20 @@ def _images(names: Sequence[str], part: str = "") -> str | None:
 
 
 def _with_licences(records: Iterator[Record], folder: str, names: Sequence[str]) -> Iterator[Record]:
-    """Records with the licence that LICENCES states for their ID, in a column of that name or among attributions."""
-    rows = read_rows(storage.join(folder, LICENCES)) if LICENCES in names else []
-    columns = {str(name).strip().lower(): name for name in rows[0]} if rows else {}
+    """Records with the licence that LICENCES states for their ID, in a column of that name or among attributions.
+
+    A row that cannot be read, or that contradicts another one, states none.
+    """
+    rows = read_rows(storage.join(folder, LICENCES)) if LICENCES in names else Table()
+    columns = {name.strip().lower(): name for name in rows.columns}
     stated = next((name for word in ("licen", "attribution") for name in columns if word in name), None)
-    known: dict[str, str] = {}
+    known: dict[str, str | None] = {}
     if stated and "id" in columns:
         for row in rows:
-            if found := LICENCE.search(str(row[columns[stated]])):
-                known[str(row[columns["id"]]).strip()] = found[0].upper().replace("CC-BY", "CC BY")
-    for record in records:
-        yield replace(record, licence=known.get(record.source_id, record.licence))
+            if not row.fault and (found := LICENCE.search(str(row[columns[stated]]))):
+                name, licence = str(row[columns["id"]]).strip(), found[0].upper().replace("CC-BY", "CC BY")
+                known[name] = licence if known.get(name, licence) == licence else None
+    found_records = list(records)
+    licences = matched([record.source_id for record in found_records], known)
+    for record in found_records:
+        yield replace(record, licence=licences.get(record.source_id) or record.licence)

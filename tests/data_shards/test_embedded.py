@@ -204,6 +204,45 @@ def test_several_captions_in_one_row(tmp_path: Path, small_source: Path) -> None
         assert next(records).captions == ("one", "two")
 
 
+def test_values_within_rows_mean_what_they_do_in_tables(tmp_path: Path, small_source: Path) -> None:
+    images = [row["image"]["bytes"] for row in rows_of(small_source)[::4]]
+    rows = [
+        {"image": images[0], "text": ["one", "nan"], "name": 1, "who": 7.0},
+        {"image": images[0], "text": ["two"], "name": 1, "who": None},
+        {"image": images[1], "text": None, "name": 2, "who": float("nan")},
+        {"image": images[2], "text": ["x"], "name": 3, "who": 1.0},
+        {"image": images[2], "text": ["y"], "name": 3, "who": 2.0},
+        {"image": images[3], "text": ["z"], "name": None, "who": 1.0},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    columns = Columns(caption="text", id="name", group="who")
+    with embedded_records(str(tmp_path / "t.parquet"), "out", columns) as records:
+        found = [(record.source_id, record.captions, record.group, record.fault) for record in records]
+    assert found == [
+        ("1", ("one", "two"), "7", None),
+        ("2", (), None, None),
+        ("3", ("x", "y"), "1", "two groups: its rows say '1' and '2'"),
+        ("", ("z",), "1", None),
+    ]
+
+
+def test_a_row_whose_values_cannot_be_used_is_left_out_alone(tmp_path: Path, small_source: Path) -> None:
+    image = rows_of(small_source)[0]["image"]
+    schema = pyarrow.schema({"image": HUGGING_FACE, "text": pyarrow.string(), "who": pyarrow.list_(pyarrow.string())})
+    rows = [{"image": image, "text": "x", "who": ["p"]}, {"image": image, "text": "y", "who": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "t.parquet")
+    manifest = write(
+        str(tmp_path / "t.parquet"),
+        str(tmp_path / "out"),
+        Columns(caption="text", group="who"),
+        Settings("s", {"a": 1}),
+    )
+    assert manifest.quarantined == {"unusable value": 1}
+    [line] = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["source_id"] == "t-000000"
+    assert "column 'who' holds a list, neither text nor a number" in line
+
+
 def test_what_is_unpacked_goes_also_when_writing_fails(small_source: Path, tmp_path: Path) -> None:
     source = as_parquet(rows_of(small_source), HUGGING_FACE, tmp_path)
     with pytest.raises(UserError, match="split 'never' is empty"):

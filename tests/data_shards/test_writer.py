@@ -3,26 +3,37 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
-from collections.abc import Callable
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cluster import storage
 from cluster.errors import UserError
 from data_shards import Manifest, Settings, write_shards, writer
 from data_shards.manifest import read_index
+from data_shards.names import find, key_of, listing, normal, without_ending
 from data_shards.reader import ShardReader
+from data_shards.sample import Record, derive_seed
 from data_shards.sources import Columns, medvqa_records, roco_records, table_records
 from tests.conftest import DATA
 
+EXAMPLES = hypothesis.settings(deadline=None)
+NFC, NFD = (unicodedata.normalize(form, "röntgen.png") for form in ("NFC", "NFD"))
+PLACES = (("a", "train"), ("b", "test"))
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
@@ -356,6 +367,207 @@ def test_a_group_stated_in_two_splits_is_refused(tmp_path: Path) -> None:
     records = table_records(str(tmp_path / "t.csv"), str(tmp_path / "source" / "images"), columns)
     with pytest.raises(UserError, match="group 'p1' stands in the splits test and train"):
         write_shards(records, str(tmp_path / "out"), settings(splits={}), source={"uri": "t"})
+
+
+# --- names, keys and splits ---
+
+
+def keys_of(names: list[str], tmp_path: Path, out: str, **options: Any) -> dict[str, str]:
+    """Of a table that lists these files, by source id; each file has content of its own."""
+    folder = tmp_path / "images"
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shade = zlib.crc32(name.encode())
+            Image.new("RGB", (8, 8), (shade & 255, shade >> 8 & 255, shade >> 16 & 255)).save(folder / name, "PNG")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"image": name, "caption": "x"}) for name in names))
+    return written_keys(
+        table_records(str(tmp_path / "t.jsonl"), str(folder), Columns()), str(tmp_path / out), **options
+    )
+
+
+def written_keys(records: Iterable[Record], out: str, **options: Any) -> dict[str, str]:
+    manifest = write_shards(records, out, settings(splits={"train": 1}, **options), source={"uri": "t"})
+    samples = [sample for shard in manifest.shards for sample in ShardReader(out).read(shard)]
+    return {json.loads(bytes(sample.members["json"]))["source_id"]: sample.key for sample in samples}
+
+
+def test_names_that_differ_keep_their_images_in_any_order(tmp_path: Path) -> None:
+    names = ["a b.png", "a_b.png", "a.b.png", "a.png", "a.jpg", "a.PNG", "p1/001.png", "p1_001.png", "p2/001.png"]
+    names += ["scan1.png", "scan1.1.png", "x" * 240 + ".png", "x" * 239 + "y.png", "böse.png", "[b].png", "é\x1b.png"]
+    found = keys_of(names, tmp_path, "out")
+    assert found.keys() == set(names)
+    assert len(set(found.values())) == len(names)
+    assert all(re.fullmatch(r"[\w-]{1,200}", key) for key in found.values())
+    kept = {"a_b.png": "a_b", "p1_001.png": "p1_001", "scan1.png": "scan1", "böse.png": "böse"}
+    assert {name: found[name] for name in kept} == kept
+    assert keys_of(names[::-1], tmp_path, "reversed") == found
+    alone = keys_of(["p1/001.png", "a b.png"], tmp_path, "alone")
+    assert alone == {name: found[name] for name in alone}
+
+
+@EXAMPLES
+@given(st.sets(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)))
+def test_a_key_is_a_name_that_no_other_name_has(names: set[str]) -> None:
+    stems = {without_ending(name) for name in names}
+    keys = {key_of(name) for name in names}
+    assert len(keys) == len(stems)
+    assert all(re.fullmatch(r"[^./\\\x00-\x20]+", key) and len(key.encode()) <= 255 for key in keys)
+
+
+def test_an_image_keeps_its_split_whatever_key_it_gets(tmp_path: Path) -> None:
+    """Shards that were written before keys had digests, and written again, must not leak."""
+    names = [f"p{n}/a b.png" for n in range(20)]
+    keys_of(names, tmp_path, "all")
+    records = list(table_records(str(tmp_path / "t.jsonl"), str(tmp_path / "images"), Columns()))
+    out = str(tmp_path / "out")
+    manifest = write_shards(records, out, settings(splits={"train": 0.5, "test": 0.5}), source={"uri": "t"})
+    in_test = [s for shard in manifest.split("test") for s in ShardReader(out).read(shard)]
+    found = {json.loads(bytes(sample.members["json"]))["source_id"] for sample in in_test}
+    assert found == {
+        n for n in names if derive_seed("split", 0, f"image {n[:-4].translate({32: '_', 47: '_'})}") >= 2**62
+    }
+
+
+SPELLINGS = [
+    *(("a.JPG", name) for name in ("a", "a.jpg", "a.JPG", "./a.jpg")),
+    *((f"a{ending}", "a") for ending in (".tif", ".TIFF", ".dcm", ".webp", ".bmp", ".jp2", ".png", ".Jpeg")),
+    ("p1/a.png", "p1\\a.PNG"),
+    ("scan1.1.png", "scan1.1"),
+    *((NFD, name) for name in (NFC, NFC.removesuffix(".png"), f"{NFC[:-3]}PNG")),
+    (NFC, NFD),
+    (f"{NFD[:-4]}/{NFD}", f"{NFC[:-4]}/{NFC}"),
+    ("~lock.png", "~lock.png"),
+]
+
+
+def found_over_spellings(folder: str, out: str) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    for number, (file, name) in enumerate(SPELLINGS):
+        where = f"{folder}/{number}"
+        storage.write_bytes(f"{where}/{file}", image.getvalue())
+        for spelled in (name, f"{where}/{name}"):
+            listing.cache_clear()
+            assert find(where, normal(spelled, where)) == f"{where}/{file}", (file, spelled)
+    records = [Record(name, f"{folder}/{number}", ("x",)) for number, (_, name) in enumerate(SPELLINGS)]
+    assert len(written_keys(records[-2:], out)) == 2
+
+
+def test_a_file_is_found_over_the_spellings_of_its_name(tmp_path: Path) -> None:
+    found_over_spellings(str(tmp_path / "images"), str(tmp_path / "out"))
+
+
+def test_an_object_is_found_over_the_spellings_of_its_name(bucket: str, tmp_path: Path) -> None:
+    found_over_spellings(f"{bucket}/images", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("A.jpg", "file not found: there is 'a.jpg'"),
+        ("a.png", "file not found: there is 'a.jpg'"),
+        ("sub/B.png", "file not found: there is 'sub/b.png'"),
+        ("images/a.jpg", "file not found: there is 'a.jpg'"),
+        ("gone", "file not found"),
+        ("gone/gone.png", "file not found"),
+        ("sub", "file not found"),
+        ("c", "ambiguous name: it may be c.jpg or c.png; give the whole name"),
+        ("https://example.org/a.jpg", "file not found: it is a URL; download the images and name their files"),
+        ("s3://elsewhere/a.jpg", "file not found: it is a URL; download the images and name their files"),
+        ("x" * 300 + ".jpg", "file not found: its name is too long for a file's"),
+        *((name, "path leaves the image folder: 'a.jpg'") for name in ("C:\\images\\a.jpg", "~/a.jpg", "/else/a.jpg")),
+        *((name, "path leaves the image folder: name files relative") for name in ("..", "../gone.jpg", "/gone.jpg")),
+        ("a.jpg\0", "unreadable text: its file name holds a NUL character"),
+    ],
+)
+def test_a_file_that_is_not_found_is_told_with_the_near_miss(tmp_path: Path, name: str, reason: str) -> None:
+    good = [Record(n, str(tmp_path / "images"), ("x",)) for n in ("a.jpg", "sub/b.png", "c.png", "c.jpg")]
+    keys_of([record.source_id for record in good], tmp_path, "good")
+    records = [*good, Record(name, str(tmp_path / "images"), ("x",))]
+    write_shards(records, str(tmp_path / "out"), settings(splits={"train": 1}), source={"uri": "t"})
+    [line] = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_missing_folder_is_one_mistake_not_many_bad_rows(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        (tmp_path / "gone").mkdir()
+    records = [Record(f"{n}.png", str(tmp_path / "gone"), ("x",)) for n in range(3)]
+    with pytest.raises(UserError, match=r"no folder of images at .*gone, or nothing in it: name theirs with --images"):
+        write_shards(records, str(tmp_path / "out"), settings(), source={"uri": "t"})
+
+
+@pytest.mark.parametrize("split", ["fold 1/2", "../../up", "a\nb", "a\x1b[31m", "s" * 300, ".", "a.b", "train test"])
+def test_a_split_that_cannot_name_files_is_refused_before_anything_is_written(tmp_path: Path, split: str) -> None:
+    source_of(tmp_path, {"a.jpg": (32, 32), "b.jpg": (32, 32)})
+    rows = [{"image": "a", "caption": "x", "split": "train"}, {"image": "b", "caption": "x", "split": split}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = table_records(str(tmp_path / "t.jsonl"), str(tmp_path / "source" / "images"), Columns(split="split"))
+    with pytest.raises(UserError, match="cannot name files"):
+        write_shards(records, str(tmp_path / "out"), settings(splits={}), source={"uri": "t"})
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(UserError, match="cannot name files"):
+        settings(splits={split: 1})
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", ".hidden", "", "a\nb", "a\udce9", "n" * 250])
+def test_a_set_that_cannot_name_files_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        settings(name=name)
+
+
+def test_one_split_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    ways = ["train", "Train", " TRAIN ", "val", "valid", "Validation", "dev", "test", "fold_1", "Fold_1"]
+    source_of(tmp_path, {f"{number}.jpg": (8 + number, 8) for number in range(len(ways))})
+    rows = [{"image": number, "caption": "x", "split": way} for number, way in enumerate(ways)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = table_records(str(tmp_path / "t.jsonl"), str(tmp_path / "source" / "images"), Columns(split="split"))
+    manifest = write_shards(records, str(tmp_path / "out"), settings(splits={}), source={"uri": "t"})
+    assert {s.split: s.num_samples for s in manifest.shards} == {"train": 3, "validation": 4, "test": 1, "fold_1": 2}
+
+
+def test_one_id_in_two_splits_names_two_images_or_one(tmp_path: Path) -> None:
+    keys_of(["a/1.png", "b/1.png"], tmp_path, "images-only")
+    records = [Record("1.png", str(tmp_path / "images" / folder), ("x",), split=split) for folder, split in PLACES]
+    manifest = write_shards(records, str(tmp_path / "out"), settings(splits={}), source={"uri": "t"})
+    assert {shard.split: shard.num_samples for shard in manifest.shards} == {"train": 1, "test": 1}
+    same = [replace(record, folder=records[0].folder) for record in records]
+    manifest = write_shards(same, str(tmp_path / "same"), settings(splits={}), source={"uri": "t"})
+    assert manifest.quarantined == {"duplicate key": 1}
+
+
+def test_what_was_left_out_is_named_also_when_a_split_is_empty(tmp_path: Path) -> None:
+    folder = source_of(tmp_path, {"one.jpg": (32, 32)})
+    missing(folder)
+    with pytest.raises(UserError, match="is empty"):
+        write(folder, str(tmp_path / "out"))
+    [line] = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["source_id"] == "gone.jpg"
+    (folder / "images" / "one.jpg").write_bytes(b"none")
+    with pytest.raises(UserError, match="none of 2 inputs can be used: "):
+        write(folder, str(tmp_path / "out"))
+    assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_list_of_finished_shards_is_not_replaced_by_a_failure(tmp_path: Path) -> None:
+    folder = source_of(tmp_path, {f"good{i}.jpg": (32 + i, 32) for i in range(4)})
+    write(folder, str(tmp_path / "out"), splits={"train": 1})
+    before = files(tmp_path / "out")
+    missing(folder)
+    with pytest.raises(UserError, match="is empty"):
+        write(folder, str(tmp_path / "out"), splits={"train": 1, "never": 1e-9})
+    assert files(tmp_path / "out") == before
+
+
+def test_bad_rows_are_left_out_with_their_reason(tmp_path: Path) -> None:
+    source_of(tmp_path, {f"{n}.png": (32 + n, 32) for n in range(3)})
+    (tmp_path / "t.csv").write_text("image,caption\n0.png,a large polyp, in the lower left\n1.png,x\n2.png,nan\n")
+    records = table_records(str(tmp_path / "t.csv"), str(tmp_path / "source" / "images"), Columns())
+    manifest = write_shards(records, str(tmp_path / "out"), settings(splits={"train": 1}), source={"uri": "t"})
+    assert manifest.quarantined == {"malformed row": 1, "empty caption": 1}
+    assert "3 fields, the table has 2 columns (line 2)" in (tmp_path / "out" / "quarantine.jsonl").read_text()
 
 
 # --- object storage ---
