@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_shards.decode import FORMATS, ImageError, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, square
 from data_shards.manifest import Manifest, ShardEntry
 from data_shards.reader import Encoded, ShardReader, encoded_image
 from data_shards.sample import derive_seed
@@ -106,16 +106,13 @@ def _some(shards: str, manifest: Manifest, split: str, count: int) -> Iterator[E
 
 
 def _thumbnail(sample: Encoded) -> Image.Image:
-    frame = Image.new("RGB", (CELL, CELL), FRAME)
+    """What a model sees of an image, or why it sees nothing."""
     try:
-        image = to_rgb(open_image(encoded_image(sample)))
+        return Image.fromarray(square(encoded_image(sample), CELL))
     except ImageError as error:
+        frame = Image.new("RGB", (CELL, CELL), FRAME)
         ImageDraw.Draw(frame).text((8, 8), str(error)[:40], INK, _font(PLAIN))
         return frame
-    scale = CELL / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    frame.paste(image.resize(size, Image.Resampling.LANCZOS), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
-    return frame
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:

@@ -26,7 +26,7 @@ from webdataset.writer import TarWriter
 from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import OnProgress
-from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, open_image, read_image
 from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
 from data_shards.parallel import Map, mapping, names_cluster
@@ -36,7 +36,6 @@ QUARANTINE = "quarantine.jsonl"
 DUPLICATES = "duplicates.jsonl"
 IMAGE_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".dcm")
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
-KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
 NOT_FOUND = "file not found"
 NOT_SHARED = (
     "is not there on all machines of the cluster: keep images and --out on s3://, or in a folder that all of them share"
@@ -224,16 +223,15 @@ def _check(record: Record) -> Checked | BadInputError:
         _check_text(record)
         uri = _locate(record)
         data = storage.read_bytes(uri, *(record.part or ()))
-        image = open_image(data)
-        pixels = to_rgb(image)
+        image = read_image(data)
     except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
     except storage.StorageError as problem:
         if storage.is_remote(record.folder):
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
-    conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
-    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
+    perceptual = perceptual_hash(Image.fromarray(image.pixels))
+    return Checked(_key(record.source_id), record, uri, zlib.crc32(data), image.conversion, perceptual)
 
 
 def _check_text(record: Record) -> None:
@@ -286,19 +284,6 @@ def _key(source_id: str) -> str:
     path = PurePosixPath(source_id.replace("\\", "/"))
     stem = path.with_suffix("") if path.suffix.lower() in IMAGE_ENDINGS else path
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in str(stem))
-
-
-def _conversion(image: Image.Image, data: bytes) -> str | None:
-    if is_dicom(data):
-        return "DICOM"
-    kind = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
-        return None
-    if kind.mode.startswith("I"):
-        return "16-bit grey"
-    if "A" in kind.mode or "transparency" in kind.info:
-        return "transparency"
-    return KINDS.get(kind.mode, f"{kind.format} file")
 
 
 # --- splitting ---
@@ -401,7 +386,7 @@ def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, byte
         kind = Image.open(io.BytesIO(data), formats=FORMATS)
         if resize is None or min(kind.size) <= resize:
             return PASSED_THROUGH[str(kind.format), kind.mode], data
-    image = to_rgb(open_image(data))
+    image = open_image(data)
     if resize is not None and min(image.size) > resize:
         scale = resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
