@@ -10,6 +10,7 @@ from rich.markup import escape
 from cluster import doctor_cli, jobs_cli
 from cluster.errors import UserError
 from cluster.stack_cli import app as stack
+from data_shards import cli as shards_cli
 from data_shards.cli import app as shards
 from sweeps import cli as sweeps
 from trainers import cli as trainers
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards", help="Turn a data set into shards, and look at them.")
 shards.command()(trainers.precompute)
+shards_cli.reader_of_recipe = trainers.reader_of_recipe
 app.command()(trainers.train)
 app.command()(trainers.generate)
 app.command()(sweeps.sweep)

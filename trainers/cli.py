@@ -3,8 +3,9 @@
 import shlex
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from cluster.errors import UserError
 from cluster.progress import progress_lines
 from trainers.recipe import FluxRecipe, load_recipe
 from trainers.watch import summarize, watching
+
+if TYPE_CHECKING:
+    from data_shards.overview import Reader
 
 console = Console(highlight=False)
 
@@ -161,6 +165,22 @@ def precompute(
         f"{megabytes / total * 1000:.3g} MB per 1,000 images, prompts aside{speed}",
         soft_wrap=True,
     )
+
+
+def reader_of_recipe(uri: str) -> "Reader":
+    """How a recipe's model reads samples, for `medsynth shards inspect --recipe`."""
+    loaded = load_recipe(uri)
+    from data_shards.overview import Reader
+
+    if isinstance(loaded, FluxRecipe):
+        from trainers.flux.encoders import FluxEncoders
+
+        return Reader(loaded.data.resolution, loaded.max_tokens, FluxEncoders.of(loaded).num_tokens)
+    from trainers.msdm.text_encoder import load_tokenizer
+    from trainers.tokens import num_tokens
+
+    tokenizer = load_tokenizer(loaded.text_encoder)
+    return Reader(loaded.data.resolution, loaded.text_encoder.max_tokens, partial(num_tokens, tokenizer))
 
 
 def plan(

@@ -1,6 +1,7 @@
 """From a saved model to PNG files, for every family."""
 
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
+from trainers.tokens import unread_text
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
@@ -93,6 +97,12 @@ class Model:
             generator=[torch.Generator().manual_seed(one) for one in seeds],
         ).images
         return images[: len(prompts)]
+
+    def unread(self, prompt: str) -> str:
+        """The words at the end of a prompt that the model does not read, for its text encoder takes so many tokens."""
+        if self.drawing.family == "flux":
+            return unread_text(self.pipeline.tokenizer_2, prompt, self.drawing.defaults["max_sequence_length"])
+        return unread_text(self.pipeline.tokenizer, prompt, self.pipeline.tokenizer.model_max_length)
 
 
 def load_model(model_uri: str, device: str | None = None, *, compile_for: int | None = None) -> Model:
@@ -197,6 +207,9 @@ def generate(
         raise UserError(f"{error}; choose another --out") from None
     model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
     about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
+    for what, text in (("prompt", prompt), ("negative prompt", str(settings.get("negative_prompt", "")))):
+        if unread := model.unread(text):
+            logger.warning("the %s is too long for the model, which does not read the words: %s", what, unread)
     written: list[Path] = []
     for start in range(0, num_images, batch_size):
         numbers = range(start, min(start + batch_size, num_images))

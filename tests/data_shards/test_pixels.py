@@ -541,7 +541,7 @@ def test_checking_hashing_previewing_and_training_see_one_picture(tmp_path: Path
         assert np.array_equal(
             np.asarray(decode(stored, 16)), np.float32(seen.transpose(2, 0, 1)) / np.float32(127.5) - 1
         )
-        assert np.array_equal(np.asarray(overview._thumbnail(sample)), square(data, overview.CELL))
+        assert np.array_equal(np.asarray(overview._thumbnail(sample, overview.CELL)), square(data, overview.CELL))
     assert manifest.conversions == {
         "16-bit colour": 2,
         "16-bit grey": 1,
