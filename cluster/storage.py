@@ -6,6 +6,7 @@ Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -310,15 +311,20 @@ def _s3() -> Any:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end of the block, or vanishes on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    temporary = new_file(path.parent, f".{path.name}.")
     try:
-        yield Path(name)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        yield temporary
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def new_file(folder: Path, prefix: str) -> Path:
+    """An empty file with a name of its own, which this process's umask keeps from whom it keeps all other files."""
+    path = folder / f"{prefix}{secrets.token_hex(4)}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # tempfile's are 0600 for ever
+    return path
 
 
 @contextmanager
