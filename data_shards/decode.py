@@ -194,7 +194,8 @@ def _by_pillow(data: bytes) -> Decoded:
             pixels = stretched(pixels.view(np.int8))
         else:
             pixels = np.asarray(_rgb(upright))
-    pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
     text = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     return Decoded(pixels, kind, text)
 
@@ -286,7 +287,7 @@ def _is_of_sixteen_bits(image: ImageFile.ImageFile) -> bool:
 
 
 def _sixteen_bit_colours(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    """RGB [H, W, 3], or grey [H, W, 1]."""
+    """RGB [H, W, 3], or grey [H, W]."""
     values = _sixteen_bit_values(data, image)
     colours: NDArray[Any] = values[..., :3]
     alpha = None
@@ -298,7 +299,8 @@ def _sixteen_bit_colours(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.
         alpha = (colours != np.array(transparent)).any(axis=2, keepdims=True).astype(np.float32)
     if alpha is None:
         return stretched(colours)
-    return np.round(stretched(colours, np.broadcast_to(alpha > 0, colours.shape)) * alpha).astype(np.uint8)
+    seen = stretched(colours, np.broadcast_to(alpha > 0, colours.shape)) * alpha
+    return np.round(seen[..., 0] if seen.shape[2] == 1 else seen).astype(np.uint8)
 
 
 def _sixteen_bit_values(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint16]:

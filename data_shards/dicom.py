@@ -37,7 +37,7 @@ GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 SPACINGS = ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 """Pairs of vertical and horizontal, the first that is there counts."""
-MOST_OBLONG = 20.0
+NEARLY_SQUARE, MOST_OBLONG = 1.01, 20.0
 
 
 def read_dicom(data: bytes) -> np.ndarray:
@@ -178,6 +178,8 @@ def _square_size(dataset: pydicom.Dataset, width: int, height: int) -> tuple[int
     given = (dataset.get(name) for name in SPACINGS)
     vertical, horizontal = next((map(float, pair) for pair in given if pair and len(pair) == 2), (1.0, 1.0))
     ratio = vertical / horizontal if min(vertical, horizontal) > 0 else 1.0
+    if 1 / NEARLY_SQUARE < ratio < NEARLY_SQUARE:
+        return width, height
     if not 1 / MOST_OBLONG <= ratio <= MOST_OBLONG:
         raise ValueError("aspect ratio")
     size = (round(width / min(ratio, 1)), round(height * max(ratio, 1)))

@@ -39,6 +39,7 @@ BEGINNINGS = (
     (b"DDS ", "a DirectDraw texture", AS_PNG),
     (b"\x89HDF", "an HDF5 file", "write its pictures as PNG"),
     (b"\x93NUMPY", "a NumPy array", "write its pictures as PNG"),
+    (b"MATLAB", "a MATLAB file", "write its pictures as PNG"),
     (b"NRRD", "an NRRD volume", "write its slices as PNG"),
     (b"ObjectType", "a MetaImage volume", "write its slices as PNG"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with git lfs pull"),

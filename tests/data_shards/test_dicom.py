@@ -202,6 +202,7 @@ def test_an_empty_value_changes_nothing(name: str) -> None:
         ({"PixelSpacing": ["0.5", "0.25"]}, (64, 96)),
         ({"ImagerPixelSpacing": ["0.1", "0.15"]}, (96, 48)),
         ({"PixelSpacing": ["0.143", "0.143"]}, (64, 48)),
+        ({"PixelSpacing": ["0.143", "0.1436"]}, (64, 48)),  # measured, not meant
         ({"PixelAspectRatio": ["0", "0"]}, (64, 48)),
     ],
 )

@@ -48,7 +48,10 @@ def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
 def pixels(data: bytes) -> NDArray[np.uint8]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return read_image(data).pixels
+        found = read_image(data).pixels
+    assert found.shape == (*found.shape[:2], 3)
+    assert found.dtype == np.uint8
+    return found
 
 
 def radiograph_of_12_bits(height: int = 24, width: int = 32) -> NDArray[np.uint16]:
