@@ -19,7 +19,7 @@ from PIL.MpoImagePlugin import MpoImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from data_shards.image_kinds import APP1, APP2, AS_PNG, is_dicom, jpeg_segments, why_unread
+from data_shards.image_kinds import APP1, APP2, AS_PNG, FRAME, FRAMES, is_dicom, jpeg_segments, why_unread
 
 MAX_PIXELS = 100_000_000  # an image of more is a decompression bomb or belongs into tiles
 # Pillow knows more, of which some start another program (EPS, Ghostscript) or are read by few and tested by fewer.
@@ -144,31 +144,36 @@ def stretched(values: NDArray[Any], is_seen: NDArray[np.bool_] | None = None) ->
 
 
 def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """Pixels [H, W, 3] of an upright JPEG in grey or YCbCr; None for any other file, and for one with a fault.
+    """Pixels [H, W, 3] of an upright JPEG in grey or of three colours; None for any other file, and for one with a
+    fault.
 
     To the very pixels that Pillow gives, with fewer copies. Decoding large images to a part of their size, as
     libjpeg can, would be faster still, but is off by up to 50 grey levels at edges.
     """
-    if not data.startswith(b"\xff\xd8\xff") or _may_be_turned(data):
+    if not data.startswith(b"\xff\xd8\xff") or not _is_plain(data):
         return None
     try:
-        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colourspace not in ("Gray", "YCbCr") or height * width > MAX_PIXELS:
-            return None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
     return pixels
 
 
-def _may_be_turned(data: bytes) -> bool:
-    """Whether a JPEG says more of its picture, or of others, than libjpeg reads: EXIF and XMP hold its orientation, and
-    the multi-picture format the places of more pictures."""
+def _is_plain(data: bytes) -> bool:
+    """Whether a JPEG is no CMYK, and says no more of its picture, or of others, than libjpeg reads: EXIF and XMP hold
+    its orientation, and the multi-picture format the places of more pictures."""
     try:
         segments = jpeg_segments(data)
     except ValueError:
-        return True
-    return any(marker == APP1 or (marker == APP2 and data[at : at + 4] == b"MPF\0") for marker, at in segments)
+        return False
+    for marker, start in segments:
+        if marker in FRAMES:
+            height, width, num_colours = FRAME.unpack_from(data, start + 1)
+            if num_colours not in (1, 3) or height * width > MAX_PIXELS:
+                return False
+        elif marker == APP1 or (marker == APP2 and data[start : start + 4] == b"MPF\0"):
+            return False
+    return True
 
 
 # --- all other images, by Pillow ---

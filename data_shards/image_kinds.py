@@ -10,6 +10,7 @@ SOS, APP1, APP2 = 0xFFDA, 0xFFE1, 0xFFE2
 SEGMENTS = frozenset({*range(0xFFC0, 0xFFD0), *range(SOS, 0xFFFF)})
 TABLES = frozenset({0xFFC4, 0xFFCC, 0xFFDB, 0xFFDD, 0xFFE0, 0xFFFE})  # and APP0 and comments
 FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC8} - TABLES
+FRAME = struct.Struct(">HHB")  # after the bits of a sample: height, width, number of colours
 LAST_FIRST_ELEMENT, LONGEST_FIRST_ELEMENT = 0x20, 256  # of a DICOM data set: up to its study's date
 
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")

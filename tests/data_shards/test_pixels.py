@@ -388,9 +388,10 @@ CODING = st.sampled_from(
     [
         *({"subsampling": s} for s in (0, 1, 2)),
         {"progressive": True},
+        {"keep_rgb": True},
         {"restart_marker_blocks": 2},
         {"quality": 3},
-        *({"with": s} for s in ("411", "440", "gray")),
+        *({"with": s} for s in ("411", "440", "422", "gray")),
     ]
 )
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
