@@ -98,7 +98,7 @@ def test_what_the_middle_square_leaves_out_is_said_and_shown(tmp_path: Path) -> 
         sheets.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")))
         cells = [sheets[-1][64 : 64 + CELL, x : x + CELL] for x in range(MARGIN, 4 * (CELL + MARGIN), CELL + MARGIN)]
         assert sum(bool((cell[100:-100, 100:-100] == (200, 100, 50)).all()) for cell in cells) == 3
-    assert not np.array_equal(sheets[0], sheets[1])  # by the resolution in its title, and the blur of the fourth picture
+    assert not np.array_equal(sheets[0], sheets[1])  # by the resolution in its title, and the blur of the fourth
 
 
 def test_square_images_lose_nothing_and_nothing_is_said() -> None:
