@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from cluster.options import refuse_repeats
 from cluster.stack_cli import app as stack
 from cluster.terminal import plain
+from data_shards import cli as shards_cli
 from data_shards.cli import app as shards
 from sweeps import cli as sweeps
 from trainers import cli as trainers
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards", help="Turn a data set into shards, and look at them.")
 shards.command()(trainers.precompute)
+shards_cli.reader_of_recipe = trainers.reader_of_recipe
 app.command()(trainers.train)
 app.command()(trainers.generate)
 app.command()(sweeps.sweep)

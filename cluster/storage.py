@@ -6,6 +6,7 @@ Credentials, region and endpoint come from the standard AWS chain (AWS_ENDPOINT_
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -272,9 +273,9 @@ def list_folder(uri: str) -> list[str]:
     """Names of the files directly in `uri` and, with a slash at their ends, of its folders; empty if there are none."""
     with _explained("list", uri):
         if not is_remote(uri):
-            if not _path(uri).is_dir():
+            if not local_path(uri).is_dir():
                 return []
-            with os.scandir(_path(uri)) as entries:
+            with os.scandir(local_path(uri)) as entries:
                 return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
         location = _location(join(uri, ""))
         listed = _s3().get_paginator("list_objects_v2")
@@ -456,14 +457,12 @@ def _s3() -> Any:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end of the block, or vanishes on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    temporary = new_file(path.parent, f".{path.name}.")
     try:
-        yield Path(name)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        yield temporary
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -475,6 +474,13 @@ def _boto3_errors() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 
     return ClientError, BotoCoreError, Boto3Error, IncompleteReadError
+
+
+def new_file(folder: Path, prefix: str) -> Path:
+    """An empty file with a name of its own, which this process's umask keeps from whom it keeps all other files."""
+    path = folder / f"{prefix}{secrets.token_hex(4)}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # tempfile's are 0600 for ever
+    return path
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -103,9 +102,9 @@ class BlockCache:
     def _keep(self, source: Cacheable, number: int, block: bytes) -> None:
         """A cache that cannot be written, as on a full disk, is a slow one, no fault of the training."""
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=HALF_WRITTEN, delete=False) as file:
-                file.write(block)
-            Path(file.name).replace(self._path(source, number))
+            half_written = storage.new_file(self._folder, HALF_WRITTEN)
+            half_written.write_bytes(block)
+            half_written.replace(self._path(source, number))
         except OSError as error:
             logger.warning("a block is not kept in the cache %s: %s", self._folder, error.strerror)
             return

@@ -1,6 +1,6 @@
 """The commands `medsynth shards write|inspect|verify`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -17,9 +17,13 @@ from cluster.terminal import ask, console, plain
 from data_shards.names import split_name
 
 if TYPE_CHECKING:
+    from data_shards.overview import Reader
     from data_shards.sample import Record
 
 app = typer.Typer(no_args_is_help=True)
+
+reader_of_recipe: "Callable[[str], Reader] | None" = None
+"""Given by the front door, for recipes belong to a layer above this one."""
 
 DEFAULT_SPLITS = ("train=0.8", "validation=0.1", "test=0.1")
 
@@ -119,6 +123,13 @@ def write(
         f"{total} samples in {len(manifest.shards)} shards at {plain(out)}, digest {manifest.digest[:12]}",
         soft_wrap=True,
     )
+    from data_shards import overview
+    from data_shards.decode import STRETCHED
+
+    if stretched := sum(manifest.conversions.get(kind, 0) for kind in STRETCHED):
+        console.print(f"{stretched} images of more than 8 bits were stretched to their range")
+    if cut := overview.say_cut(overview.look_into(out, manifest, split) for split in manifest.splits):
+        console.print(cut, soft_wrap=True)
     if manifest.quarantined:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
         console.print(
@@ -142,6 +153,9 @@ def inspect(
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Also draw some samples of each split with their captions, as this PNG file.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Also say how this recipe's text encoder and resolution read them.")
+    ] = None,
 ) -> None:
     """Show what is in a set of shards.
 
@@ -155,11 +169,12 @@ def inspect(
         raise UserError(f"{shards} is a precomputed set, with nothing to draw: inspect the shards it was made of")
     from data_shards import overview  # and all that decodes pictures: to see that no shards are there, it is not needed
 
+    reader = _reader(recipe) if recipe else None
     table = Table(title=f"{plain(manifest.name)}, digest {manifest.digest[:12]}", title_justify="left")
     table.add_column("split", no_wrap=True)
     for column in ("samples", "shards", "MB", "groups", "captions an image"):
         table.add_column(column, justify="right")
-    looks = {split: overview.look_into(shards, manifest, split) for split in manifest.splits}
+    looks = {split: overview.look_into(shards, manifest, split, reader) for split in manifest.splits}
     for split in manifest.splits:
         entries = manifest.split(split)
         samples = sum(shard.num_samples for shard in entries)
@@ -174,10 +189,14 @@ def inspect(
     console.print(table)
     words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
     console.print(f"Words a caption: {plain('; '.join(words))}", soft_wrap=True)
+    if reader:
+        console.print(overview.say_tokens(looks, reader), soft_wrap=True)
     if not manifest.precomputed:
         sizes = {split: [f"{width} x {height}" for width, height in look.sizes] for split, look in looks.items()}
         pixels = "; ".join(f"{split} {overview.spread(found)}" for split, found in sizes.items())
         console.print(f"Pixels: {plain(pixels)}", soft_wrap=True)
+        if cut := overview.say_cut(looks.values()):
+            console.print(cut, soft_wrap=True)
     for title, counts in (
         ("Licences", manifest.licences),
         ("Left out", manifest.quarantined),
@@ -192,7 +211,7 @@ def inspect(
     seen = sum(look.num_samples for look in looks.values())
     console.print(f"Split {plain(manifest.split_rule)}. Looked into {seen} of {total} samples.", soft_wrap=True)
     if contact_sheet:
-        overview.contact_sheet(shards, manifest, contact_sheet)
+        overview.contact_sheet(shards, manifest, contact_sheet, reader.resolution if reader else None)
         console.print(f"Samples drawn: {plain(contact_sheet)}", soft_wrap=True)
 
 
@@ -233,6 +252,12 @@ def verify(
         console.print(f"{len(faults)} of {len(drawn)} checked shards differ from the manifest")
         raise typer.Exit(1)
     console.print(f"{which} are those of the manifest, digest {manifest.digest[:12]}")
+
+
+def _reader(recipe: str) -> "Reader":
+    if reader_of_recipe is None:
+        raise UserError("--recipe: recipes are read by the command medsynth alone")
+    return reader_of_recipe(recipe)
 
 
 def _splits(options: Sequence[str]) -> dict[str, float]:

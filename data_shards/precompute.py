@@ -80,6 +80,10 @@ class Encoders(Protocol):
         """Of all that the component's outputs follow from. Raises UserError if it is not there."""
         ...
 
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of each text as a whole, however many of them the text encoder reads."""
+        ...
+
     def text_dtype(self, device: str) -> str:
         """What the text encoders compute in on a device."""
         ...
@@ -163,16 +167,20 @@ def precompute(
         device = device or _best_device()
         settings = _settings(source, encoders, resolution, horizontal_flip, device)
         if existing := _finished(out, settings, encoders, extra_prompts):
+            _tell_of_cut(PromptIndex.load(out), encoders.max_tokens)
             return existing
         _unpublish(out)
         job = Job(storage.absolute(shards), storage.absolute(out), encoders, settings, device, batch_size, most_workers)
         encoded = _encode_shards(job, source, on_progress, on_encoded)
         # Extra prompts come last: others make another last file, and leave those before it.
-        captions = [caption for piece in encoded for caption in piece.captions]
+        captions = list(dict.fromkeys(caption for piece in encoded for caption in piece.captions))
+        num_cut = sum(count > encoders.max_tokens for count in encoders.num_tokens(captions))
         prompts = list(dict.fromkeys([EMPTY_PROMPT, *captions, *extra_prompts]))
         files = _encode_prompts(job, prompts, on_progress)
     _tidy(out, [piece.shard.name for piece in encoded], [file.name for file in files])
-    PromptIndex(files=tuple(files)).save(out)
+    index = PromptIndex(files=tuple(files), num_captions=len(captions), num_cut=num_cut)
+    index.save(out)
+    _tell_of_cut(index, encoders.max_tokens)
     undecodable = sum(len(piece.undecodable) for piece in encoded)
     manifest = Manifest(
         name=source.name,
@@ -207,9 +215,20 @@ def check_precomputed(
     if known is None or known.precomputed is None:
         raise UserError(f"no precomputed set at {out}: write it with medsynth shards precompute RECIPE")
     settings = _settings(_images(shards), encoders, resolution, horizontal_flip, "cpu")
-    for difference in _differences(known.precomputed, settings, encoders.components, PromptIndex.load(out), prompts):
+    index = PromptIndex.load(out)
+    for difference in _differences(known.precomputed, settings, encoders.components, index, prompts):
         raise UserError(f"precomputed set {out} is stale: {difference}; {AGAIN}")
+    _tell_of_cut(index, encoders.max_tokens)
     return known
+
+
+def _tell_of_cut(index: PromptIndex, max_tokens: int) -> None:
+    if index.num_cut:
+        logger.warning(
+            "%d of %d captions are cut at %d tokens, and the model does not read the rest: raise max_tokens, as far as "
+            "the text encoder goes, or shorten the captions",
+            *(index.num_cut, index.num_captions, max_tokens),
+        )
 
 
 # --- what a set is made of ---

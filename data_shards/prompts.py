@@ -72,6 +72,10 @@ class PromptIndex(BaseModel):
 
     format_version: Literal[2] = FORMAT_VERSION
     files: tuple[PromptFile, ...]
+    num_captions: int = 0
+    """Distinct ones."""
+    num_cut: int = 0
+    """Of them, those with more tokens than the text encoder reads."""
 
     @model_validator(mode="after")
     def _files_agree(self) -> Self:

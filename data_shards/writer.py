@@ -26,7 +26,7 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import OnProgress
 from data_shards import names
-from data_shards.decode import FORMATS, ImageError, is_dicom, open_image, to_rgb
+from data_shards.decode import FORMATS, ImageError, open_image, read_image
 from data_shards.duplicates import Duplicate, find_duplicates, perceptual_hash
 from data_shards.manifest import MANIFEST, Manifest, SampleEntry, ShardEntry, ShardIndex, index_name
 from data_shards.parallel import Map, mapping, names_cluster
@@ -35,7 +35,6 @@ from data_shards.sample import Record, derive_seed
 QUARANTINE = "quarantine.jsonl"
 DUPLICATES = "duplicates.jsonl"
 PASSED_THROUGH = {("JPEG", "RGB"): "jpg", ("JPEG", "L"): "jpg", ("PNG", "RGB"): "png", ("PNG", "L"): "png"}
-KINDS = {"CMYK": "CMYK", "P": "palette", "1": "black and white", "F": "floating point"}
 NOT_FOUND = names.NOT_FOUND
 NOT_SHARED = (
     "is not there on all machines of the cluster: keep images and --out on s3://, or in a folder that all of them share"
@@ -286,16 +285,15 @@ def _check(record: Record) -> Checked | BadInputError:
             raise BadInputError(fault)
         uri = _locate(record)
         data = storage.read_bytes(uri, *(record.part or ()))
-        image = open_image(data)
-        pixels = to_rgb(image)
+        image = read_image(data)
     except (BadInputError, ImageError) as problem:
         return BadInputError(str(problem))
     except storage.StorageError as problem:
         if storage.is_remote(record.folder):
             raise  # a fault of the server or the credentials, not of this image
         return BadInputError(f"unreadable: {problem}")
-    conversion, perceptual = _conversion(image, data), perceptual_hash(pixels)
-    return Checked(names.key_of(record.source_id), record, uri, zlib.crc32(data), conversion, perceptual)
+    perceptual = perceptual_hash(Image.fromarray(image.pixels))
+    return Checked(names.key_of(record.source_id), record, uri, zlib.crc32(data), image.conversion, perceptual)
 
 
 def _fault_of_text(record: Record) -> str | None:
@@ -343,19 +341,6 @@ def _check_shared(uri: str) -> None:
     """Raise UserError for a shard that another machine of the cluster wrote to a disk of its own."""
     if names_cluster() and not storage.exists(uri):
         raise UserError(f"{uri} {NOT_SHARED}")
-
-
-def _conversion(image: Image.Image, data: bytes) -> str | None:
-    if is_dicom(data):
-        return "DICOM"
-    kind = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (kind.format, kind.mode) in PASSED_THROUGH and "transparency" not in kind.info:
-        return None
-    if kind.mode.startswith("I"):
-        return "16-bit grey"
-    if "A" in kind.mode or "transparency" in kind.info:
-        return "transparency"
-    return KINDS.get(kind.mode, f"{kind.format} file")
 
 
 # --- splitting ---
@@ -459,7 +444,7 @@ def _encode(data: bytes, sample: Checked, resize: int | None) -> tuple[str, byte
         kind = Image.open(io.BytesIO(data), formats=FORMATS)
         if resize is None or min(kind.size) <= resize:
             return PASSED_THROUGH[str(kind.format), kind.mode], data
-    image = to_rgb(open_image(data))
+    image = open_image(data)
     if resize is not None and min(image.size) > resize:
         scale = resize / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from cluster.terminal import ask, command_line, console, plain, say_starting
 from trainers.evaluation_options import check_model
 
 if TYPE_CHECKING:
+    from data_shards.overview import Reader
     from trainers.recipe import FluxRecipe
 
 # What takes long to import, the commands import themselves, after all that they can refuse without it.
@@ -188,6 +190,23 @@ def precompute(
         f"{megabytes / total * 1000:.3g} MB per 1,000 images, prompts aside{speed}",
         soft_wrap=True,
     )
+
+
+def reader_of_recipe(uri: str) -> "Reader":
+    """How a recipe's model reads samples, for `medsynth shards inspect --recipe`."""
+    from data_shards.overview import Reader
+    from trainers.recipe import FluxRecipe, load_recipe
+
+    loaded = load_recipe(uri)
+    if isinstance(loaded, FluxRecipe):
+        from trainers.flux.encoders import FluxEncoders
+
+        return Reader(loaded.data.resolution, loaded.max_tokens, FluxEncoders.of(loaded).num_tokens)
+    from trainers.msdm.text_encoder import load_tokenizer
+    from trainers.tokens import num_tokens
+
+    tokenizer = load_tokenizer(loaded.text_encoder)
+    return Reader(loaded.data.resolution, loaded.text_encoder.max_tokens, partial(num_tokens, tokenizer))
 
 
 def plan(

@@ -1,6 +1,7 @@
 """From a saved model to PNG files, for every family."""
 
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
+from trainers.tokens import unread_text
+
+logger = logging.getLogger(__name__)
 
 # Not what some models carry beside them for other programs, such as all weights once more in one file.
 PIPELINE_FILES = ("model_index.json", "*/*")
@@ -106,6 +110,12 @@ class Model:
             callback_on_step_end=after_step,
         ).images
         return images[: len(prompts)]
+
+    def unread(self, prompt: str) -> str:
+        """The words at the end of a prompt that the model does not read, for its text encoder takes so many tokens."""
+        if self.drawing.family == "flux":
+            return unread_text(self.pipeline.tokenizer_2, prompt, self.drawing.defaults["max_sequence_length"])
+        return unread_text(self.pipeline.tokenizer, prompt, self.pipeline.tokenizer.model_max_length)
 
 
 def load_model(model_uri: str, device: str | None = None, *, compile_for: int | None = None) -> Model:
@@ -203,6 +213,9 @@ def generate(
     model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
     arguments = model.drawing.arguments(settings)
     about = about_pictures(model_uri, prompt, seed, arguments)
+    for what, text in (("prompt", prompt), ("negative prompt", str(settings.get("negative_prompt", "")))):
+        if unread := model.unread(text):
+            logger.warning("the %s is too long for the model, which does not read the words: %s", what, unread)
     steps_done, steps = 0, -(-num_images // batch_size) * arguments["num_inference_steps"]
 
     def note_step() -> None:

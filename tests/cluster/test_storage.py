@@ -1,5 +1,6 @@
 """Storage: one behaviour for local folders and a real S3 protocol server; faults in words a stranger understands."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,23 @@ def test_bytes_come_back_whole_and_in_ranges(place: str) -> None:
     assert storage.size(uri) == 10
     storage.write_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
+def test_files_are_for_whom_the_umask_leaves_them(umask: int, tmp_path: Path) -> None:
+    """A private image stays private, and what a group shares stays shared: shards, what is copied, and a cache."""
+    before = os.umask(umask)
+    try:
+        storage.write_bytes(str(tmp_path / "written"), b"new")
+        storage.write_bytes(str(tmp_path / "written"), b"again")
+        storage.upload_file(tmp_path / "written", str(tmp_path / "copied" / "file"))
+        storage.download_folder(str(tmp_path / "copied"), tmp_path / "fetched")
+        block = storage.new_file(tmp_path, "half-")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "written", tmp_path / "copied" / "file", tmp_path / "fetched" / "file", block):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert not list(tmp_path.glob(".written*"))
 
 
 def test_a_short_read_is_an_error(place: str) -> None:

@@ -71,6 +71,15 @@ def test_bytes_are_those_of_the_shard(tmp_path: Path, shard: ShardEntry, start: 
     assert cache_in(tmp_path).read(uri, shard, start, length) == expected
 
 
+def test_blocks_are_for_whom_the_umask_leaves_them(tmp_path: Path, shard: ShardEntry) -> None:
+    before = os.umask(0o027)
+    try:
+        cache_in(tmp_path).read(str(tmp_path / shard.name), shard, 0, 10)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir() if path.name != ".lock"} == {0o640}
+
+
 def test_blocks_are_fetched_once_and_neighbours_together(
     tmp_path: Path, shard: ShardEntry, reads: list[tuple[int, int | None]]
 ) -> None:

@@ -62,7 +62,10 @@ def encoded(dataset: pydicom.Dataset) -> bytes:
 
 
 def shown(dataset: pydicom.Dataset) -> np.ndarray:
-    return np.asarray(open_image(encoded(dataset)))
+    """One of three equal channels."""
+    pixels = np.asarray(open_image(encoded(dataset)))
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
 
 
 def stored(dataset: pydicom.Dataset) -> np.ndarray:
@@ -116,6 +119,117 @@ def test_without_a_window_grey_goes_from_its_darkest_to_its_brightest() -> None:
     values = stored(dataset)
     expected = (values - values.min()) / (values.max() - values.min()) * 255
     assert np.abs(shown(dataset) - expected).max() <= 0.5
+
+
+PADDED = (slice(None), slice(0, 20))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"RescaleSlope": "0.5", "RescaleIntercept": "-100"},
+        {"RescaleSlope": "-2", "RescaleIntercept": "7"},
+        {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15},
+        {"WindowCenter": "2000", "WindowWidth": "3900"},
+    ],
+    ids=["plain", "rescaled", "reversed", "signed", "windowed"],
+)
+@pytest.mark.parametrize(
+    ("padding", "limit", "filled"),
+    [(63536, None, [63536]), (0, None, [0]), (4095, None, [4095]), (4000, 4095, [4000, 4095]), (0, 9, [0, 5, 9])],
+)
+def test_padding_is_black_and_counts_for_no_range(
+    photometric: str, how: dict[str, Any], padding: int, limit: int | None, filled: list[int]
+) -> None:
+    """Outside of it, the picture is that of the file without padding, whichever end of a range is told first."""
+    whole = radiograph(PhotometricInterpretation=photometric, **how)
+    values = stored(whole) * 0.9 + 20  # none is equal to a value of padding
+    values[PADDED] = values[:, 20:40]
+    whole.PixelData = values.astype(np.uint16).tobytes()
+    values[PADDED] = np.resize(filled, (48, 20))
+    for first, second in [(padding, limit), *([] if limit is None else [(limit, padding)])]:
+        padded = radiograph(PhotometricInterpretation=photometric, **how)
+        padded.PixelData = values.astype(np.uint16).tobytes()
+        kind = "SS" if how.get("PixelRepresentation") else "US"
+        for name, value in (("PixelPaddingValue", first), ("PixelPaddingRangeLimit", second)):
+            if value is not None:
+                signed = value - 2**16 if kind == "SS" and value >= 2**15 else value
+                padded.add_new(pydicom.datadict.tag_for_keyword(name) or 0, kind, signed)
+        assert (shown(padded)[PADDED] == 0).all()
+        np.testing.assert_array_equal(shown(padded)[:, 20:], shown(whole)[:, 20:])
+    assert len(np.unique(shown(whole))) > 50
+
+
+def test_padding_that_states_its_sign_wrong_is_still_padding() -> None:
+    """-2000 as it is written where it should be signed and is not."""
+    dataset = radiograph(PixelRepresentation=1, BitsStored=16, HighBit=15)
+    values = stored(dataset).astype(np.int16)
+    values[PADDED] = -2000
+    dataset.PixelData = values.tobytes()
+    dataset.add_new("PixelPaddingValue", "US", 63536)
+    assert (shown(dataset)[PADDED] == 0).all()
+    assert shown(dataset)[:, 20:].min() == 0
+
+
+def test_nothing_but_padding_is_no_picture() -> None:
+    dataset = radiograph(PixelPaddingValue=7)
+    dataset.PixelData = np.full((48, 64), 7, np.uint16).tobytes()
+    with pytest.raises(ImageError, match="no pixel has a finite value"):
+        shown(dataset)
+
+
+@pytest.mark.parametrize(
+    "name", ["RescaleSlope", "RescaleIntercept", "WindowCenter", "PixelPaddingValue", "PixelSpacing"]
+)
+def test_an_empty_value_changes_nothing(name: str) -> None:
+    dataset = radiograph(WindowWidth="1200")
+    expected = shown(dataset)
+    setattr(dataset, name, None)
+    np.testing.assert_array_equal(shown(dataset), expected)
+    dataset = radiograph(RescaleIntercept="-100", RescaleSlope=None, WindowCenter="600", WindowWidth="1200")
+    other = radiograph(RescaleIntercept="-100", RescaleSlope="1", WindowCenter="600", WindowWidth="1200")
+    np.testing.assert_array_equal(shown(dataset), shown(other))
+
+
+@pytest.mark.parametrize(
+    ("how", "size"),
+    [
+        ({"PixelAspectRatio": ["2", "1"]}, (64, 96)),
+        ({"PixelAspectRatio": ["1", "2"]}, (128, 48)),
+        ({"PixelAspectRatio": ["1", "1"], "PixelSpacing": ["2", "1"]}, (64, 48)),
+        ({"PixelSpacing": ["0.5", "0.25"]}, (64, 96)),
+        ({"ImagerPixelSpacing": ["0.1", "0.15"]}, (96, 48)),
+        ({"PixelSpacing": ["0.143", "0.143"]}, (64, 48)),
+        ({"PixelSpacing": ["0.143", "0.1436"]}, (64, 48)),  # measured, not meant
+        ({"PixelAspectRatio": ["0", "0"]}, (64, 48)),
+    ],
+)
+def test_pixels_that_are_not_square_are_made_so(how: dict[str, Any], size: tuple[int, int]) -> None:
+    """The side along which they are longer grows: vertical comes first (PS3.3 C.7.6.3.1.7)."""
+    plain, image = open_image(encoded(radiograph())), open_image(encoded(radiograph(**how)))
+    assert image.size == size
+    assert np.abs(np.asarray(image.resize((64, 48)), float) - np.asarray(plain, float)).mean() < 3
+
+
+def test_a_data_set_without_its_preamble_is_the_same_picture(tmp_path: Path) -> None:
+    whole = encoded(radiograph(WindowCenter="700", WindowWidth="1200"))
+    expected = np.asarray(open_image(whole))
+    bare = io.BytesIO()
+    dataset = pydicom.dcmread(io.BytesIO(whole))
+    for is_implicit, is_little in ((True, True), (False, True), (False, False)):
+        bare = io.BytesIO()
+        values = stored(radiograph()).astype("<u2" if is_little else ">u2").tobytes()
+        dataset.PixelData = values
+        copy = pydicom.Dataset({element.tag: element for element in dataset})
+        pydicom.dcmwrite(bare, copy, implicit_vr=is_implicit, little_endian=is_little)
+        np.testing.assert_array_equal(np.asarray(open_image(bare.getvalue())), expected)
+    for data in (whole[128:], whole[132:]):
+        np.testing.assert_array_equal(np.asarray(open_image(data)), expected)
+    for name in ("ExplVR_BigEndNoMeta.dcm", "ExplVR_LitEndNoMeta.dcm"):
+        with pytest.raises(ImageError, match="DICOM"):  # they are plans, without pixels
+            open_image(read(name))
 
 
 def test_a_table_of_values_of_interest_is_looked_up() -> None:

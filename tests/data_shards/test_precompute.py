@@ -397,6 +397,39 @@ def test_other_settings_replace_what_they_change(precomputed: str, arguments: di
     assert content(out) == content(fresh)
 
 
+def test_captions_that_are_cut_are_counted_and_told_once(
+    shards: str, arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When they are encoded, when they are found encoded, and by whoever trains on them."""
+    out, encoders = str(tmp_path / "out"), FluxEncoders(arguments["encoders"].pretrained, max_tokens=8)
+    captions = {
+        caption
+        for shard in Manifest.load(shards).shards
+        for sample in ShardReader(shards).read(shard)
+        for caption in sample.captions
+    }
+    num_cut = sum(count > 8 for count in encoders.num_tokens(sorted(captions)))
+    assert num_cut > 0
+    for again in (False, False, True):
+        caplog.clear()
+        changed = arguments | {"encoders": encoders}
+        if again:
+            check_precomputed(out, **changed)
+        else:
+            run(changed, out)
+        told = [message for message in caplog.messages if "captions" in message]
+        assert len(told) == 1
+        assert told[0].startswith(f"{num_cut} of {len(captions)} captions are cut at 8 tokens, and the model does not")
+
+
+def test_captions_that_are_read_whole_are_not_mentioned(
+    arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoders = FluxEncoders(arguments["encoders"].pretrained, max_tokens=200)
+    run(arguments | {"encoders": encoders, "horizontal_flip": False}, str(tmp_path / "out"))
+    assert not caplog.messages
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from cluster import storage
-from data_shards.decode import open_image, to_rgb
+from data_shards.decode import open_image
 from trainers.fidelity.evaluation import STANDARD_EXTRACTORS, Evaluation, Measure, Neighbour
 from trainers.fidelity.figures import GROUPS, METRICS, MISSING, by_group, decimals, label_of, metric_of, write
 
@@ -271,7 +271,7 @@ def _thumbnail(image: bytes) -> bytes:
     with Image.open(io.BytesIO(image)) as picture:
         if max(picture.size) <= THUMBNAIL_SIDE:
             return image
-    small = to_rgb(open_image(image))
+    small = open_image(image)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=THUMBNAIL_QUALITY)

@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster import storage
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
-from data_shards.decode import ImageError, open_image, to_rgb
+from data_shards.decode import ImageError, open_image
 from trainers.fidelity.extractors import Extractor, kept_extractor
 from trainers.generate import Model, about_pictures, load_model, png
 
@@ -118,9 +118,7 @@ class Found:
                 uri = storage.join(self.folder, name)
                 image = _decoded(storage.read_bytes(uri), uri)
                 told = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-                found.append(
-                    (ImageOps.fit(to_rgb(image), side, method=Image.Resampling.LANCZOS), told | {"file": name})
-                )
+                found.append((ImageOps.fit(image, side, method=Image.Resampling.LANCZOS), told | {"file": name}))
             return found
 
         return pictures

@@ -12,6 +12,7 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.weights import component_digest, local_weights
 from trainers.recipe import FluxRecipe
+from trainers.tokens import num_tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class FluxEncoders:
 
     def digest(self, component: str) -> str:
         return component_digest(self.pretrained, component)
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of T5, whose tokens the transformer attends to; CLIP's 77 make one vector."""
+        from transformers import T5TokenizerFast
+
+        with local_weights(self.pretrained, ["tokenizer_2/*"]) as folder, self._loading("T5 tokenizer"):
+            return num_tokens(T5TokenizerFast.from_pretrained(folder / "tokenizer_2"), texts)
 
     def text_dtype(self, device: str) -> str:
         return "float32" if device == "cpu" else "bfloat16"

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.weights import component_digest
-from trainers.msdm.text_encoder import DESCRIPTION, WEIGHTS, load_text_encoder, tokenize
+from trainers.msdm.text_encoder import DESCRIPTION, WEIGHTS, load_text_encoder, load_tokenizer, tokenize
 from trainers.recipe import MSDMRecipe, TextEncoder
 from trainers.run_folder import RunFolder, finished_model
+from trainers.tokens import num_tokens
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class MSDMEncoders:
         if component == "vae":
             return component_digest(self.vae)
         return component_digest(self.text_encoder.pretrained, patterns=(*DESCRIPTION, *WEIGHTS))
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        return num_tokens(load_tokenizer(self.text_encoder), texts)
 
     def text_dtype(self, device: str) -> str:
         return "float32"

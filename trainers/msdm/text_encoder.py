@@ -47,6 +47,12 @@ def load_text_encoder(settings: TextEncoder) -> "tuple[PreTrainedTokenizerBase, 
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
+def load_tokenizer(settings: TextEncoder) -> "PreTrainedTokenizerBase":
+    """The tokenizer alone. Raises UserError when there is none."""
+    with _blaming(settings), local_weights(settings.pretrained, DESCRIPTION) as folder:
+        return _open_tokenizer(folder)
+
+
 def _open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Raises ValueError where the vocabulary's file is not there: transformers would take every word for unknown."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
