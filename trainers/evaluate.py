@@ -83,7 +83,7 @@ class Request:
     """Folder or s3:// prefix of the real images."""
     splits: tuple[str, ...] | None = None
     """Whose captions are the prompts and whose images are the reference; None: all but the train split."""
-    num_samples: int = 256
+    num_samples: int = 300
     images_per_prompt: int = 2
     """Diversity is measured among the images of a prompt."""
     seed: int = 0

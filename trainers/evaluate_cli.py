@@ -44,7 +44,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Shards of real images: a folder or s3:// prefix.")],
     split: Splits = None,
-    num_samples: NumSamples = 256,
+    num_samples: NumSamples = 300,
     images_per_prompt: ImagesPerPrompt = 2,
     extractor: Extractors = None,
     guidance_scale: GuidanceScale = None,
@@ -65,7 +65,7 @@ def evaluate(
 ) -> None:
     """Judge a model beside real images: fidelity, alignment, diversity, copies; with a page to look at.
 
-    medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 128 --guidance-scale 3.5
+    medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 300 --guidance-scale 3.5
     """
     from trainers.evaluate import evaluate as judge
     from trainers.evaluate import record_evaluation

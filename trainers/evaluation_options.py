@@ -12,7 +12,7 @@ Splits = Annotated[
     list[str] | None,
     typer.Option(help="Whose captions and images to compare with; may be given several times. Default: all but train."),
 ]
-NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw.")]
+NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw. Fewer than 250 seldom show that few are copies.")]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")]
 Extractors = Annotated[
     list[str] | None,

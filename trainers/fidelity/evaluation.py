@@ -49,6 +49,9 @@ class Measure(Record):
     interval: tuple[float, float] | None = None
     """Bootstrap, 95 %; none where the metric has no such interval."""
     better: Literal["lower", "higher"] | None = None
+    chance: float | None = None
+    """The value of an honest model, one that learnt the images' distribution and no image by heart, where that is
+    known; where neither lower nor higher is better, the best there is."""
     extractor: str | None = None
     """Label of the features, a key of Evaluation.extractors; none where pixels are compared."""
     num_generated: int

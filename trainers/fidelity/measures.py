@@ -258,6 +258,7 @@ def memorization_measures(
             value=float(is_copy.mean()),
             interval=_exact_interval(is_copy),
             better="lower",
+            chance=threshold.honest_rate,
             extractor=label,
             num_generated=n,
             num_real=num_train,
@@ -268,7 +269,7 @@ def memorization_measures(
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),
             interval=(bias.at_equal_sizes(low), bias.at_equal_sizes(high)),
-            better="lower",
+            chance=0.5,
             extractor=label,
             num_generated=n,
             num_real=num_train + num_held_out,
