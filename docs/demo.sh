@@ -15,7 +15,7 @@ SECONDS=0
 # 300 pictures, in few steps: fewer could not show that it does not copy.
 VERSION=$("$BIN/python" -c "from cluster.registry import RegisteredModel
 print(RegisteredModel.of('models:/msdm-demo/latest')[1].number)")
-JUDGE=(--data "$DEMO/shards" --num-samples 300 --num-inference-steps 10 --extractor random-vgg:64 --workers 2)
+JUDGE=(--data "$DEMO/shards" --num-samples 300 --num-inference-steps 15 --extractor random-vgg:64 --workers 2)
 "$BIN/medsynth" evaluate "models:/msdm-demo/$VERSION" "${JUDGE[@]}" \
     --out "$DEMO/promotions/msdm-demo-$VERSION" --cache "$DEMO/promotions/features"
 "$BIN/medsynth" promote "models:/msdm-demo/$VERSION" "${JUDGE[@]}" --out "$DEMO/promotions" || [ $? = 3 ]

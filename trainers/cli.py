@@ -12,6 +12,7 @@ from rich.progress import Progress as ProgressBar
 
 from cluster.errors import UserError
 from cluster.progress import progress_lines
+from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
 from trainers.recipe import FluxRecipe, load_recipe
 from trainers.watch import summarize, watching
 
@@ -61,13 +62,27 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
+        typer.Option(
+            min=GUIDANCE_SCALE.low,
+            max=GUIDANCE_SCALE.high,
+            help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told.",
+        ),
     ] = None,
     true_cfg_scale: Annotated[
-        float | None, typer.Option(min=1, help="FLUX: weight of the prompt against the negative one; 1 is none.")
+        float | None,
+        typer.Option(
+            min=TRUE_CFG_SCALE.low,
+            max=TRUE_CFG_SCALE.high,
+            help="FLUX: weight of the prompt against the negative one; 1 is none.",
+        ),
     ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
+        int | None,
+        typer.Option(
+            min=NUM_INFERENCE_STEPS.low,
+            max=NUM_INFERENCE_STEPS.high,
+            help="Sampling steps, at most those that it was trained with. Default: the model's own.",
+        ),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -77,9 +92,11 @@ def generate(
         str | None,
         typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    num_images: Annotated[int, typer.Option(min=NUM_IMAGES.low, max=NUM_IMAGES.high)] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=BATCH_SIZE.low, max=BATCH_SIZE.high, help="Pictures drawn at a time.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=SEED.low, max=SEED.high, help="The same seed draws the same pictures.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,

@@ -31,6 +31,7 @@ from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from data_shards.reader import read_images
+from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED
 from trainers.fidelity.alignment import caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
@@ -347,7 +348,14 @@ def _name_of(device: str) -> str:
 
 
 def check_request(request: Request, manifest: Manifest, splits: Sequence[str]) -> None:
-    """Raise UserError for what would fail after everything was drawn."""
+    """Raise UserError for what would fail after everything was drawn, or is out of bounds."""
+    for bounds, name in (
+        (NUM_IMAGES, "num_samples"),
+        (NUM_IMAGES, "images_per_prompt"),
+        (SEED, "seed"),
+        (BATCH_SIZE, "batch_size"),
+    ):
+        bounds.check(name, getattr(request, name))
     shares_of_images(request.shards, manifest, splits)
     held_out = sum(shard.num_samples for split in splits for shard in manifest.split(split))
     if min(held_out, request.num_samples) < MIN_IMAGES:

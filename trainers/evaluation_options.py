@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
+
 if TYPE_CHECKING:  # help need not wait for what an evaluation imports
     from trainers.evaluate import Request
 
@@ -12,8 +14,11 @@ Splits = Annotated[
     list[str] | None,
     typer.Option(help="Whose captions and images to compare with; may be given several times. Default: all but train."),
 ]
-NumSamples = Annotated[int, typer.Option(min=16, help="Images to draw. Fewer than 250 seldom show that few are copies.")]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Diversity is measured among those.")]
+NumSamples = Annotated[
+    int,
+    typer.Option(min=16, max=NUM_IMAGES.high, help="Images to draw. Fewer than 250 seldom show that few are copies."),
+]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=NUM_IMAGES.high, help="Diversity is measured among those.")]
 Extractors = Annotated[
     list[str] | None,
     typer.Option(
@@ -22,15 +27,24 @@ Extractors = Annotated[
         "Default: random-vgg, which needs no weights."
     ),
 ]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, help="Default: the model's own.")]
-TrueCFGScale = Annotated[float | None, typer.Option(min=1, help="FLUX. Default: the model's own.")]
-NumInferenceSteps = Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(min=GUIDANCE_SCALE.low, max=GUIDANCE_SCALE.high, help="Default: the model's own.")
+]
+TrueCFGScale = Annotated[
+    float | None, typer.Option(min=TRUE_CFG_SCALE.low, max=TRUE_CFG_SCALE.high, help="FLUX. Default: the model's own.")
+]
+NumInferenceSteps = Annotated[
+    int | None,
+    typer.Option(min=NUM_INFERENCE_STEPS.low, max=NUM_INFERENCE_STEPS.high, help="Default: the model's own."),
+]
 Sampler = Annotated[
     str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
 ]
 Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed draws the same images of the same prompts.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
+Seed = Annotated[
+    int, typer.Option(min=SEED.low, max=SEED.high, help="The same seed draws the same images of the same prompts.")
+]
+BatchSize = Annotated[int, typer.Option(min=BATCH_SIZE.low, max=BATCH_SIZE.high, help="Images drawn at a time.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Compile = Annotated[

@@ -18,6 +18,7 @@ from cluster.errors import UserError
 from cluster.weights import local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
+from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED, TRAIN_TIMESTEPS, check_prompt, check_settings
 from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
@@ -45,16 +46,19 @@ class Drawing:
     """That the setting `sampler` may name."""
     precisions: tuple[str, ...] = ()
     """That the setting `precision` may name, its default first; none where it is not the user's to choose."""
+    most_steps: int = TRAIN_TIMESTEPS
+    """Timesteps that it was trained with: more steps than that there are not."""
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults, with `settings` in their place; the default precision is not named.
 
-        Raises UserError for a setting that the model does not know, or a sampler that it is not drawn with.
+        Raises UserError for a setting that the model does not know, a number out of bounds, or a sampler that it is not
+        drawn with.
         """
         known = [*self.defaults, *(["precision"] if self.precisions else [])]
         if unknown := sorted(settings.keys() - known):
             raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(known)}")
-        arguments = {**self.defaults, **settings}
+        arguments = check_settings({**self.defaults, **settings}, most_steps=self.most_steps)
         if arguments["sampler"] not in self.samplers:
             raise UserError(
                 f"this model has no sampler '{arguments['sampler']}': choose one of {', '.join(self.samplers)}"
@@ -78,11 +82,31 @@ class Model:
     """How many pictures at a time its denoiser is compiled for, if it is: fewer are drawn among copies of the last,
     which takes a batch's time, where another shape would take a compilation's."""
 
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        denoiser: torch.nn.Module = self.pipeline.transformer if self.drawing.family == "flux" else self.pipeline.unet
+        return denoiser
+
     def draw(
-        self, prompts: Sequence[str], numbers: Sequence[int], *, seed: int, settings: Mapping[str, Any]
+        self,
+        prompts: Sequence[str],
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        settings: Mapping[str, Any],
+        before_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i."""
+        """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i.
+
+        `before_step` is called before each pass of the denoiser; what it raises ends the drawing.
+        """
         arguments = self.drawing.arguments(settings)
+        if before_step is not None:
+            hook = self.denoiser.register_forward_pre_hook(lambda *_: before_step())
+            try:
+                return self.draw(prompts, numbers, seed=seed, settings=settings)
+            finally:
+                hook.remove()
         if self.drawing.family == "flux":
             del arguments["sampler"]  # it has one alone
         filled = _filled(prompts, self.compiled_for)
@@ -107,7 +131,7 @@ def load_model(model_uri: str, device: str | None = None, *, compile_for: int | 
         model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
     if compile_for is None:
         return model
-    compile_blocks(model.pipeline.transformer if model.drawing.family == "flux" else model.pipeline.unet)
+    compile_blocks(model.denoiser)
     return replace(model, compiled_for=compile_for)
 
 
@@ -189,8 +213,17 @@ def generate(
     negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps, sampler and precision, as far as they are not
     the model's own. Compiling takes a minute or more, and pays where many are drawn.
 
-    Raises UserError if nothing can be written to `out`, or the model does not know a setting.
+    Raises UserError if nothing can be written to `out`, a number is out of bounds, the prompt is no text, or the model
+    does not know a setting.
     """
+    check_prompt(prompt)
+    for bounds, name, value in (
+        (SEED, "seed", seed),
+        (NUM_IMAGES, "num_images", num_images),
+        (BATCH_SIZE, "batch_size", batch_size),
+    ):
+        bounds.check(name, value)
+    check_settings(settings)  # before the model is opened, which takes long
     try:
         storage.check_writable(str(out))
     except storage.StorageError as error:
@@ -246,7 +279,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
     unet, vae = (read_json(str(folder / component / "config.json")) for component in ("unet", "vae"))
-    scheduler = read_json(str(folder / "scheduler" / "scheduler_config.json"))["_class_name"]
+    noise = read_json(str(folder / "scheduler" / "scheduler_config.json"))
+    scheduler = noise["_class_name"]
     sampler = sampler_named(scheduler)
     if sampler is None:
         raise UserError(f"the model's sampler is {scheduler}; known are {', '.join(SAMPLERS)}")
@@ -257,7 +291,8 @@ def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
         "sampler": sampler,
     }
     resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS), PRECISIONS)
+    most_steps = noise.get("num_train_timesteps", TRAIN_TIMESTEPS)
+    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS), PRECISIONS, most_steps)
 
 
 def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:

@@ -1,6 +1,7 @@
 """From a saved model to PNG files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def model(pipeline: MSDMPipeline, tmp_path: Path) -> str:
 
 
 def draw(
-    model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0, **settings: str | int
+    model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0, **settings: Any
 ) -> list[Path]:
     return generate(
         model,
@@ -82,6 +83,41 @@ def test_a_precision_is_chosen_and_recorded_unless_it_is_the_default(model: str,
     with pytest.raises(UserError, match="has no precision 'fp8': choose one of fp32, bf16"):
         draw(model, tmp_path / "wrong", precision="fp8")
     assert not list((tmp_path / "wrong").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number from 0 to 100, not inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number from 0 to 100, not nan"),
+        ({"guidance_scale": 1e308}, "guidance_scale must be a number from 0 to 100, not 1e+308"),
+        ({"guidance_scale": -0.1}, "guidance_scale must be a number from 0 to 100, not -0.1"),
+        ({"guidance_scale": "3.5"}, "guidance_scale must be a number from 0 to 100, not '3.5'"),
+        ({"guidance_scale": True}, "guidance_scale must be a number from 0 to 100, not True"),
+        ({"num_inference_steps": 1001}, "num_inference_steps must be a whole number from 1 to 1000, not 1001"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number from 1 to"),
+        ({"num_inference_steps": 10**400}, "num_inference_steps must be a whole number from 1 to"),
+        ({"negative_prompt": 5}, "negative_prompt must be text, not 5"),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"seed": 2**63}, "seed must be a whole number from 0 to"),
+        ({"num_images": 0}, "num_images must be a whole number from 1 to"),
+        ({"batch_size": 10**9}, "batch_size must be a whole number from 1 to"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_in_a_line(
+    model: str, tmp_path: Path, setting: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        draw(model, tmp_path / "out", **setting)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "a" * 10_001, "half \ud83d", "nul \0"])
+def test_a_prompt_must_be_text_of_bounded_length(model: str, tmp_path: Path, prompt: str) -> None:
+    with pytest.raises(UserError, match=r"^prompt "):
+        generate(model, prompt, tmp_path, num_images=1, batch_size=1, seed=0, settings={}, device="cpu")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
