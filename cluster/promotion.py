@@ -255,7 +255,7 @@ def _within_limit(gate: QualityGate, candidate: Figures) -> Check:
     assert gate.limit is not None
     setting: dict[str, float | str | bool | None] = {"quality.measure": gate.measure, "quality.limit": gate.limit}
     figure = candidate.get(gate.measure)
-    interval = figure and _interval(gate.measure, figure)
+    interval = None if figure is None else _interval(gate.measure, figure)
     if figure is None or interval is None:
         reason = f"{gate.measure} was not measured" if figure is None else f"{gate.measure} has no interval"
         return Check(gate="quality limit", passed=False, measure=gate.measure, setting=setting, reason=reason)

@@ -9,7 +9,8 @@ SECONDS=0
 "$BIN/medsynth" shards write tests/data/colonoscopy --format medvqa --samples-per-shard 100 --out "$DEMO/shards"
 "$BIN/medsynth" shards inspect "$DEMO/shards"
 "$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs"
-"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --out "$DEMO/samples"
+"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --overwrite \
+    --out "$DEMO/samples"
 
 # Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.
 # 300 pictures, in few steps: fewer could not show that it does not copy.

@@ -102,6 +102,9 @@ def generate(
         bool,
         typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of pictures."),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that medsynth drew into --out for another command.")
+    ] = False,
 ) -> None:
     """Draw pictures from a trained model.
 
@@ -129,6 +132,7 @@ def generate(
             settings={name: value for name, value in asked.items() if value is not None},
             device=device,
             compile=compile,
+            overwrite=overwrite,
             on_progress=lambda done: bar.update(task, completed=done),
         )
     console.print(f"{len(paths)} pictures in {out}: {paths[0].name} to {paths[-1].name}")

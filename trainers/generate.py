@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 from cluster import storage
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
-from cluster.weights import local_weights
+from cluster.weights import folder_digest, local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
 from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED, TRAIN_TIMESTEPS, check_prompt, check_settings
-from trainers.model_source import NO_SAMPLING, open_model
+from trainers.model_source import NO_SAMPLING, open_model, pinned
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
@@ -32,6 +32,8 @@ INDEX = "model_index.json"
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
 FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
+SOFTWARE = "medsynth"  # what a picture says that drew it
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 T = TypeVar("T")
 
 
@@ -82,6 +84,11 @@ class Model:
     """How many pictures at a time its denoiser is compiled for, if it is: fewer are drawn among copies of the last,
     which takes a batch's time, where another shape would take a compilation's."""
 
+    def compiled(self, batch_size: int) -> "Model":
+        """The same with its denoiser compiled. Raises UserError if nothing can be compiled."""
+        compile_blocks(self.denoiser)
+        return replace(self, compiled_for=batch_size)
+
     @property
     def denoiser(self) -> torch.nn.Module:
         denoiser: torch.nn.Module = self.pipeline.transformer if self.drawing.family == "flux" else self.pipeline.unet
@@ -129,10 +136,7 @@ def load_model(model_uri: str, device: str | None = None, *, compile_for: int | 
     """
     with open_model(model_uri) as source:
         model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
-    if compile_for is None:
-        return model
-    compile_blocks(model.denoiser)
-    return replace(model, compiled_for=compile_for)
+    return model if compile_for is None else model.compiled(compile_for)
 
 
 def load_pipeline(
@@ -205,6 +209,7 @@ def generate(
     device: str | None,
     settings: Mapping[str, Any],
     compile: bool = False,
+    overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
@@ -213,8 +218,11 @@ def generate(
     negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps, sampler and precision, as far as they are not
     the model's own. Compiling takes a minute or more, and pays where many are drawn.
 
-    Raises UserError if nothing can be written to `out`, a number is out of bounds, the prompt is no text, or the model
-    does not know a setting.
+    Pictures that the same command wrote to `out` before are not drawn again. `overwrite` removes those that `generate`
+    wrote there for another one.
+
+    Raises UserError if nothing can be written to `out`, it holds pictures of another command, a number is out of
+    bounds, the prompt is no text, or the model does not know a setting.
     """
     check_prompt(prompt)
     for bounds, name, value in (
@@ -228,24 +236,70 @@ def generate(
         storage.check_writable(str(out))
     except storage.StorageError as error:
         raise UserError(f"{error}; choose another --out") from None
-    model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
-    about = about_pictures(model_uri, prompt, seed, model.drawing.arguments(settings))
-    written: list[Path] = []
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        for number, image in zip(
-            numbers, model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings), strict=True
-        ):
-            written.append(out / f"{number:04d}.png")
-            written[-1].write_bytes(png(image, about | {"number": str(number)}))
-        on_progress(len(written))
-    return written
+    with open_model(pinned(model_uri)) as source:
+        drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
+        about = about_pictures(model_uri, prompt, seed, drawing.arguments(settings))
+        about["model_digest"] = folder_digest(source.folder)
+        if overwrite:
+            for path in pictures_in(out):
+                if _text_of(path).get("Software") == SOFTWARE:
+                    path.unlink()
+        else:
+            check_pictures(out, about)
+        paths = [out / picture_name(number) for number in range(num_images)]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        on_progress(num_images - len(missing))
+        if not missing:
+            return paths
+        model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
+    if compile:
+        model = model.compiled(min(batch_size, len(missing)))
+    for start in range(0, len(missing), batch_size):
+        numbers = missing[start : start + batch_size]
+        images = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings)
+        for number, image in zip(numbers, images, strict=True):
+            storage.write_bytes(str(paths[number]), png(image, about | {"number": str(number)}))
+        on_progress(num_images - len(missing) + start + len(numbers))
+    return paths
+
+
+def picture_name(number: int) -> str:
+    return f"{number:04d}.png"
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files that look like pictures, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+
+
+def check_pictures(folder: Path, about: Mapping[str, str]) -> None:
+    """Raise UserError if a folder holds a picture that is not one of a series: `about` with the number of its name."""
+    for path in pictures_in(folder):
+        told = _text_of(path)
+        number = told.get("number", "")
+        if told != about | {"number": number} or not number.isdecimal() or path.name != picture_name(int(number)):
+            differs = [name for name in told.keys() | about if name != "number" and told.get(name) != about.get(name)]
+            of = f"made with another {', '.join(sorted(differs))}" if "Software" in told else "of another origin"
+            raise UserError(
+                f"{folder} holds pictures {of}, such as {path.name}: choose another --out, or give --overwrite to "
+                "replace those that medsynth drew"
+            )
+
+
+def _text_of(path: Path) -> dict[str, str]:
+    """The text fields of a picture's file; none of one that cannot be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return {name: value for name, value in image.info.items() if isinstance(value, str)}
+    except (OSError, ValueError, SyntaxError):
+        return {}
 
 
 def about_pictures(model_uri: str, prompt: str, seed: int, arguments: Mapping[str, Any]) -> dict[str, str]:
     """What a picture says of itself in its text fields."""
     return {
-        "Software": "medsynth",
+        "Software": SOFTWARE,
         "Description": "Synthetic image, made by a generative model",
         "model": model_uri,
         "prompt": prompt,

@@ -1,10 +1,12 @@
 """From a saved model to PNG files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cluster.errors import UserError
@@ -19,7 +21,14 @@ def model(pipeline: MSDMPipeline, tmp_path: Path) -> str:
 
 
 def draw(
-    model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0, **settings: Any
+    model: str,
+    out: Path,
+    *,
+    num_images: int = 3,
+    batch_size: int = 2,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
 ) -> list[Path]:
     return generate(
         model,
@@ -30,6 +39,7 @@ def draw(
         seed=seed,
         settings={"guidance_scale": 3.5, "num_inference_steps": 2} | settings,
         device="cpu",
+        overwrite=overwrite,
     )
 
 
@@ -83,6 +93,59 @@ def test_a_precision_is_chosen_and_recorded_unless_it_is_the_default(model: str,
     with pytest.raises(UserError, match="has no precision 'fp8': choose one of fp32, bf16"):
         draw(model, tmp_path / "wrong", precision="fp8")
     assert not list((tmp_path / "wrong").glob("*.png"))
+
+
+def test_the_same_command_goes_on_where_it_was_cut_off(model: str, tmp_path: Path) -> None:
+    paths = draw(model, tmp_path / "out")
+    whole = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    os.utime(paths[0], (1, 1))
+    assert [path.read_bytes() for path in draw(model, tmp_path / "out")] == whole
+    assert paths[0].stat().st_mtime == 1, "it was not drawn again"
+    assert len(draw(model, tmp_path / "out", num_images=5)) == 5, "the series may grow"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "made with another seed"),
+        ({"guidance_scale": 2.0}, "made with another guidance_scale"),
+        ({"num_inference_steps": 3}, "made with another num_inference_steps"),
+        ({"negative_prompt": "text"}, "made with another negative_prompt"),
+    ],
+)
+def test_pictures_of_another_command_are_neither_mixed_nor_overwritten(
+    model: str, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in draw(model, out)}
+    with pytest.raises(UserError, match=f"{said}.*such as 0000.png: choose another --out, or give --overwrite"):
+        draw(model, out, num_images=1, **change)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    draw(model, out, num_images=1, overwrite=True, **change)
+    assert [path.name for path in out.iterdir()] == ["0000.png"], "none of the other command is left"
+    assert (out / "0000.png").read_bytes() != before["0000.png"]
+
+
+def test_another_model_at_the_same_place_is_another_command(model: str, tmp_path: Path, pipeline: MSDMPipeline) -> None:
+    draw(model, tmp_path / "out")
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 1
+    pipeline.save_pretrained(model)
+    with pytest.raises(UserError, match="made with another model_digest"):
+        draw(model, tmp_path / "out")
+
+
+def test_pictures_of_somebody_else_are_left_alone(model: str, tmp_path: Path) -> None:
+    photo = tmp_path / "out" / "photo.JPG"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(photo, "JPEG")
+    (tmp_path / "out" / "notes.txt").write_text("no picture")
+    content = photo.read_bytes()
+    with pytest.raises(UserError, match="of another origin, such as photo.JPG"):
+        draw(model, tmp_path / "out")
+    draw(model, tmp_path / "out", overwrite=True)
+    assert photo.read_bytes() == content
 
 
 @pytest.mark.parametrize(
