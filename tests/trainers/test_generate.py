@@ -142,7 +142,7 @@ def test_pictures_of_somebody_else_are_left_alone(model: str, tmp_path: Path) ->
     Image.new("RGB", (8, 8)).save(photo, "JPEG")
     (tmp_path / "out" / "notes.txt").write_text("no picture")
     content = photo.read_bytes()
-    with pytest.raises(UserError, match="of another origin, such as photo.JPG"):
+    with pytest.raises(UserError, match=r"of another origin, such as photo\.JPG"):
         draw(model, tmp_path / "out")
     draw(model, tmp_path / "out", overwrite=True)
     assert photo.read_bytes() == content
