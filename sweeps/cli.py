@@ -255,6 +255,8 @@ def summarize(console: Console, spec: SweepSpec, swept: "Swept") -> None:
         table.add_row("model", swept.model_uri)
         console.print(table)
         console.print(f"Train it again, or longer: medsynth train {swept.journal.best_recipe}", soft_wrap=True)
+    if swept.shortfall:
+        console.print(f"It is not registered: trained for {swept.shortfall} of its recipe", soft_wrap=True)
     if swept.model_uri and swept.model_uri.startswith("models:/"):
         console.print(f"Judge it: medsynth promote {swept.model_uri} --data ...", soft_wrap=True)
     console.print(f"Everything is in {swept.journal.uri}; MLflow: {swept.tracker.ui_command()}", soft_wrap=True)
