@@ -32,7 +32,7 @@ from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
 from data_shards.reader import read_images
 from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED
-from trainers.fidelity.alignment import caption_alignment, clip_scores
+from trainers.fidelity.alignment import MIN_BEARERS, caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
     EVALUATION,
@@ -46,6 +46,7 @@ from trainers.fidelity.evaluation import (
     Reference,
     SampleRecord,
     features_uri,
+    measure_name,
 )
 from trainers.fidelity.extractor_uris import absolute_extractor, label_of
 from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, kept_extractor
@@ -193,14 +194,18 @@ def evaluate(
 
     measures: dict[str, Measure] = {}
     scores: dict[str, NDArray[np.float64]] = {}
+    missing: dict[str, str] = {}
     for number, extractor in enumerate(extractors):
         on_progress("Measuring", number, len(extractors))
         generated, real = seen[extractor.label], held_out[extractor.label]
         measures |= feature_measures(extractor, generated, real, request.seed)
         aligned, of_samples = alignment_measures(extractor, generated, real, prompts, request.seed)
         measures |= aligned
+        missing |= missing_alignment(extractor.label, aligned, prompts)
         scores |= of_samples
     measures |= diversity_measures(lambda rows: _pixels(out, rows), prompts, seed=request.seed)
+    if "ms_ssim" not in measures:
+        missing["ms_ssim"] = "no prompt was drawn twice: give --images-per-prompt 2 or more"
     first = seen[extractors[0].label]
     neighbours: tuple[Neighbour, ...] = ()
     if train is not None:
@@ -208,6 +213,9 @@ def evaluate(
             extractors[0].label, first, train.features, reference.features, train.keys, seed=request.seed
         )
         measures |= copies
+    else:
+        why = "the train split is the reference itself" if TRAIN in splits else "the shards have no train split"
+        missing[measure_name("copy_rate", extractors[0].label)] = why
     on_progress("Measuring", len(extractors), len(extractors))
 
     evaluation = Evaluation(
@@ -237,6 +245,7 @@ def evaluate(
         ),
         samples=tuple(samples),
         measures=measures,
+        missing=missing,
         classes=class_measures(first, reference.features, prompts, reference.captions),
         neighbours=neighbours,
         extractors={extractor.label: extractor.record for extractor in extractors},
@@ -452,6 +461,16 @@ def alignment_measures(
     of_rows = caption_alignment(images, real.features, told, real.captions)
     keep(caption_alignment_measures(label, of_rows, num_real=len(real.features), seed=seed), of_rows)
     return measures, scores
+
+
+def missing_alignment(label: str, aligned: Mapping[str, Measure], prompts: Sequence[str]) -> dict[str, str]:
+    """Why caption alignment is not among the measures by an extractor, by its name; empty if it is."""
+    name = measure_name("caption_alignment", label)
+    if name in aligned:
+        return {}
+    if not any(prompts):
+        return {name: "the images do not say for which prompts they were drawn"}
+    return {name: f"no prompt is the caption of {MIN_BEARERS} real images or more, but not of all"}
 
 
 def _pixels(out: str, rows: Sequence[int]) -> NDArray[np.uint8]:

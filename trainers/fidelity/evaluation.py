@@ -150,7 +150,12 @@ class TrainingCost(Record):
     gpu_hours: float | None = None
     """Device-hours: ranks x hours."""
     device: str | None = None
+    """Of each rank: a GPU's name, or `CPU process`."""
     energy_kwh: float | None = None
+
+    @property
+    def is_on_gpus(self) -> bool:
+        return self.device is None or not self.device.startswith("CPU")
 
 
 class Evaluation(Record):
@@ -165,6 +170,8 @@ class Evaluation(Record):
     """None for a folder of images."""
     samples: tuple[SampleRecord, ...]
     measures: dict[str, Measure]
+    missing: dict[str, str] = {}
+    """Why a measure that others have is not there, by its name."""
     classes: tuple[ClassMeasure, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
     """The nearest pairs first; at most 64, and every suspicious one of those."""
