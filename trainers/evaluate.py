@@ -4,6 +4,7 @@ Drawing and feature extraction are cut into shares that any number of Ray actors
 model, its prompt, the seed and its number alone, so one process and many find the same.
 """
 
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from cluster import storage
 from cluster.errors import UserError
@@ -30,6 +32,7 @@ from cluster.provenance import git_commit
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
+from data_shards.decode import decode
 from data_shards.reader import read_images
 from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED
 from trainers.fidelity.alignment import MIN_BEARERS, caption_alignment, clip_scores
@@ -66,6 +69,7 @@ from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_ma
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
 from trainers.generate import Drawing, default_device, drawing_of, is_model
 from trainers.model_source import noted_run, open_model, pinned
+from trainers.pictures import to_pixels
 from trainers.recipe import Recipe
 
 T = TypeVar("T")
@@ -255,7 +259,8 @@ def evaluate(
         features = safetensors.numpy.save({"features": seen[extractor.label]})
         storage.write_bytes(features_uri(out, extractor.label), features)
     storage.write_bytes(storage.join(out, SCORES), safetensors.numpy.save(scores))
-    _report(evaluation, out, request.shards, reference, feature_map(extractors[0].label, reference.features, first))
+    points = feature_map(extractors[0].label, reference.features, first)
+    _report(evaluation, out, request.shards, subject.resolution, reference, points)
     evaluation.save(out)
     return evaluation
 
@@ -478,7 +483,17 @@ def _pixels(out: str, rows: Sequence[int]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(read_sample(out, row)) for row in rows])
 
 
-def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceFeatures, points: FeatureMap) -> None:
+def _as_compared(encoded: bytes, resolution: int) -> bytes:
+    """A real image as features were taken of it, scaled and cropped to a square; as PNG."""
+    pixels = to_pixels(decode(encoded, resolution)[None])[0]
+    data = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(data, "PNG")
+    return data.getvalue()
+
+
+def _report(
+    evaluation: Evaluation, out: str, shards: str, resolution: int, reference: ReferenceFeatures, points: FeatureMap
+) -> None:
     """Choose what the page shows, and write it."""
     of_prompt: dict[str, list[int]] = {}
     for number, sample in enumerate(evaluation.samples):
@@ -490,7 +505,7 @@ def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceF
     }
     pairs = [n for n in evaluation.neighbours if n.is_suspicious] or list(evaluation.neighbours[:IMAGES_IN_ROW])
     keys = [key for prompt in chosen for key in bearers[prompt][:IMAGES_IN_ROW]] + [pair.key for pair in pairs]
-    real = read_images(shards, keys)
+    real = {key: _as_compared(data, resolution) for key, data in read_images(shards, keys).items()}
 
     def drawn(number: int) -> bytes:
         return storage.read_bytes(sample_uri(out, number))

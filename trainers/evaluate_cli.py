@@ -29,9 +29,9 @@ from trainers.evaluation_options import (
     request_of,
 )
 from trainers.fidelity.evaluation import REPORT, Evaluation, Measure
+from trainers.fidelity.figures import what_is_best
 
 console = Console(highlight=False)
-ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
 def evaluate(
@@ -69,6 +69,7 @@ def evaluate(
     """
     from trainers.evaluate import evaluate as judge
     from trainers.evaluate import record_evaluation
+    from trainers.fidelity.report import limits_of, missing_of, obedience
 
     place = out or f"evaluations/{name_for(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     request = request_of(
@@ -98,6 +99,8 @@ def evaluate(
             on_progress=on_progress,
         )
     console.print(table_of(evaluation))
+    for note in (obedience(evaluation), *limits_of(evaluation), *missing_of(evaluation)):
+        console.print(f"• {note}", soft_wrap=True, markup=False)
     console.print(f"The page for people: {storage.join(place, REPORT)}", soft_wrap=True)
     if record:
         tracker = record_evaluation(evaluation, place)
@@ -116,7 +119,7 @@ def table_of(evaluation: Evaluation) -> Table:
     for column in ("measure", "", "value", "95 % interval"):
         table.add_column(column, justify="left" if column in ("measure", "") else "right")
     for name, measure in evaluation.measures.items():
-        table.add_row(name, ARROWS[measure.better], f"{measure.value:.4g}", _interval(measure))
+        table.add_row(name, what_is_best(measure).removesuffix(" is best"), f"{measure.value:.4g}", _interval(measure))
     return table
 
 

@@ -359,6 +359,12 @@ def _hopeless(error: object) -> UserError | None:
     return original if isinstance(original, UserError) and not storage.is_outage(original) else None
 
 
+def _captions(recipe: Recipe, stage: str, count: int) -> Sequence[str]:
+    """What stands below each picture of a preview: its prompt, or what an autoencoder's is."""
+    prompts: Sequence[str] = recipe.sampling.prompts
+    return prompts if stage == family_of(recipe).STAGES[-1] else ["above: real; below: the same, redrawn"] * count
+
+
 def _train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
@@ -375,7 +381,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         reported = step
         if pixels is not None and len(pixels):
             png = io.BytesIO()
-            grid(pixels).save(png, "PNG")
+            grid(pixels, captions=_captions(recipe, config["stage"], len(pixels))).save(png, "PNG")
             storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
         exporter.report(step, metrics)
         if rank == 0:

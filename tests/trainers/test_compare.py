@@ -138,7 +138,7 @@ def test_latex_to_the_letter() -> None:
   \end{tabular}
   \caption{Bold: the best of a row. Italic: its 95 \% interval overlaps that of the best. """
         r"""\textsuperscript{a}\,Not comparable with msdm: other real images. """
-            r"""\textsuperscript{b}\,Not known: no GPU told its power while it trained.}
+        r"""\textsuperscript{b}\,Not known: no GPU told its power while it trained.}
 \end{table}
 """
     )

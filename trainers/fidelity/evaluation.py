@@ -47,7 +47,9 @@ class Measure(Record):
 
     value: float
     interval: tuple[float, float] | None = None
-    """Bootstrap, 95 %; none where the metric has no such interval."""
+    """95 %; none where the metric has no such interval."""
+    interval_by: str | None = None
+    """How the interval was taken, in a few words."""
     better: Literal["lower", "higher"] | None = None
     chance: float | None = None
     """The value of an honest model, one that learnt the images' distribution and no image by heart, where that is
