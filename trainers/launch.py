@@ -556,7 +556,11 @@ def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tr
     # It takes all that draws pictures, for seconds, and workers import this module too.
     from trainers.registration import register_model
 
-    version = register_model(recipe, manifest, run.model(family_of(recipe).STAGES[-1]), tracker, name=name)
+    stage = family_of(recipe).STAGES[-1]
+    folder = storage.join(run.uri, "pictures")
+    previews = sorted(file for file in storage.list_files(folder) if file.startswith(f"{stage}-"))
+    preview = storage.join(folder, previews[-1]) if previews else None
+    version = register_model(recipe, manifest, run.model(stage), tracker, name=name, preview=preview)
     model_uri = f"models:/{name}/{version}"
     storage.write_bytes(marker, json.dumps({"model_uri": model_uri}).encode())
     return model_uri

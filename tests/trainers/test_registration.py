@@ -6,7 +6,9 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -47,9 +49,14 @@ def registered(pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tm
     (tmp_path / "exported" / "pipeline.py").write_text(PIPELINE_FILE)
     (tmp_path / "exported" / "LICENSE.md").write_text("of the weights")
     tracker = Tracker.start(experiment="e", run_name="r", tags={"git_commit": "abc123"})
-    tracker.log_metrics({"denoiser/validation_loss": 0.25, "system/cpu": 3.0}, 6)
+    tracker.log_metrics(
+        {"denoiser/validation_loss": 0.25, "system/cpu": 3.0, "denoiser/mfu": 0.4, "vae/grad_norm": 2.0}, 6
+    )
     manifest = Manifest.load(recipe.data.shards)
-    assert register_model(recipe, manifest, str(tmp_path / "exported"), tracker, name="tiny") == 1
+    preview = tmp_path / "preview.png"
+    Image.new("RGB", (8, 8)).save(preview)
+    exported = str(tmp_path / "exported")
+    assert register_model(recipe, manifest, exported, tracker, name="tiny", preview=str(preview)) == 1
     MlflowClient().set_registered_model_alias("tiny", "champion", "1")
     return "models:/tiny@champion"
 
@@ -98,7 +105,24 @@ def test_a_version_has_all_that_its_readers_need(registered: str, recipe: MSDMRe
         *manifest.licences,
     ):
         assert told in card, told
-    assert "system/" not in card
+    for no_figure in ("system/", "mfu", "grad_norm"):
+        assert no_figure not in card, no_figure
+    assert "](preview.png)" in card
+    for number, prompt in enumerate(recipe.sampling.prompts, start=1):
+        assert f"{number}. {prompt}" in card
+
+
+@pytest.mark.slow
+def test_the_python_of_the_card_opens_the_model(registered: str, tmp_path: Path) -> None:
+    """As whoever got the folder runs it: elsewhere, with nothing of this project but what lies in it."""
+    with model_folder(registered) as folder:
+        shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    card = (tmp_path / "elsewhere" / "model" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code += "\nimport trainers; assert trainers.__file__.startswith('model/code'), trainers.__file__\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=environment, check=True)
+    assert Image.open(tmp_path / "elsewhere" / "picture.png").size == (16, 16)
 
 
 def test_loaded_by_mlflow_it_draws_what_generate_draws(
