@@ -11,7 +11,7 @@ CAPTION_WIDTH, CAPTION_SIZE, MOST_LINES = 128, 11, 6  # pixels: room for some wo
 
 
 def grid(pixels: Tensor, columns: int = 8, captions: Sequence[str] | None = None) -> Image.Image:
-    """Lay pixels uint8 [N, H, W, 3] out in rows of at most `columns`, on white, each above its caption of `captions` [N].
+    """Lay pixels uint8 [N, H, W, 3] out in rows of at most `columns`, on white; each has its caption [N] below.
 
     Pictures with captions are enlarged, by a whole number, until words fit below.
     """
