@@ -203,7 +203,9 @@ def test_drawing_ends_where_the_server_has_given_up_waiting(served: Any) -> None
     assert time.monotonic() - started < 8
 
 
-def test_another_request_is_answered_while_one_is_drawn(served: Any) -> None:
+def test_another_request_is_answered_while_one_is_drawn(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the module that MLflow loaded from the model's own code.
+    monkeypatch.setattr(sys.modules[type(served.unwrap_python_model()).__module__], "QUEUE_SECONDS", 0.5)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(served.predict, SLOW)
         inside = served.unwrap_python_model()
