@@ -277,9 +277,13 @@ def check_pictures(folder: Path, about: Mapping[str, str]) -> None:
     for path in pictures_in(folder):
         told = _text_of(path)
         number = told.get("number", "")
-        if told != about | {"number": number} or not number.isdecimal() or path.name != picture_name(int(number)):
+        if told != {**about, "number": number} or not number.isdecimal() or path.name != picture_name(int(number)):
             differs = [name for name in told.keys() | about if name != "number" and told.get(name) != about.get(name)]
-            of = f"made with another {', '.join(sorted(differs))}" if "Software" in told else "of another origin"
+            of = (
+                f"made with another {', '.join(sorted(differs) or ['name'])}"
+                if "Software" in told
+                else "of another origin"
+            )
             raise UserError(
                 f"{folder} holds pictures {of}, such as {path.name}: choose another --out, or give --overwrite to "
                 "replace those that medsynth drew"
@@ -291,7 +295,7 @@ def _text_of(path: Path) -> dict[str, str]:
     try:
         with Image.open(path) as image:
             image.load()
-            return {name: value for name, value in image.info.items() if isinstance(value, str)}
+            return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except (OSError, ValueError, SyntaxError):
         return {}
 

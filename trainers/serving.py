@@ -136,7 +136,8 @@ def _records(model_input: Any, params: Mapping[str, Any] | None) -> list[dict[An
         table = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
     except (TypeError, ValueError):
         raise _refused("give rows of columns, as dataframe_records or dataframe_split") from None
-    return table.to_dict("records")
+    rows: list[dict[Any, Any]] = table.to_dict("records")
+    return rows
 
 
 def _is_missing(value: Any) -> bool:

@@ -68,7 +68,7 @@ def test_a_picture_says_what_made_it(model: str, tmp_path: Path) -> None:
 
 
 def test_a_sampler_is_chosen_and_recorded(model: str, tmp_path: Path) -> None:
-    steps = {"num_inference_steps": 4}  # in two, DPM-Solver++ takes the very steps of DDIM
+    steps: dict[str, Any] = {"num_inference_steps": 4}  # in two, DPM-Solver++ takes the very steps of DDIM
     (path,) = draw(model, tmp_path / "own", num_images=1, **steps)
     own = Image.open(path)
     same, other = (

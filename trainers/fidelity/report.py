@@ -8,9 +8,10 @@ import base64
 import io
 import posixpath
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -103,12 +104,13 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[[Any], str]] = {
         "data_uri": _data_uri,
         "percent": lambda share: f"{100 * share:.2f}%",
         "public": public,
         "best": what_is_best,
     }
+    environment.filters |= filters
     html = environment.get_template("report.html").render(
         evaluation=evaluation,
         created=_when(evaluation.created),
