@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, Protocol, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.errors import UserError
@@ -17,13 +18,26 @@ RANDOM_EXTRACTOR = "random_vgg"  # last: of random weights
 ALIGNMENT_METRICS = ("clip_score", "caption_alignment")
 """In this order: the second is known of any extractor, the first only of those that read prompts."""
 COPY_METRIC = "copy_rate"
+P_VALUE = "nearer_to_training_p_value"
+"""Has no interval, for it says itself how sure it is."""
+CHANCE = 0.01
+"""The share of an honest model's pictures that count as copies, where the evaluation does not say."""
+ERROR, POWER = 0.025, 0.95
+"""Of either end of a 95 % interval; and of honest models that the advised number of pictures lets pass."""
+MOST_PICTURES = 20_000
 
 
 class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class QualityGate(Block):
+class Gate(Block):
+    """What would hold nothing, such as an infinite limit, is refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class QualityGate(Gate):
     """Better than the champion by more than chance explains."""
 
     measure: str | None = None
@@ -31,7 +45,8 @@ class QualityGate(Block):
     margin: float = Field(default=0.0, ge=0)
     """In the measure's unit: the paired interval of candidate - champion must lie beyond it."""
     limit: float | None = None
-    """No candidate may be worse than this, the first one included. Needs `measure`, whose unit it is in."""
+    """Not even the worse end of the 95 % interval may lie beyond it, the first candidate's included. Needs `measure`,
+    whose unit it is in."""
 
     @model_validator(mode="after")
     def _limit_has_a_unit(self) -> Self:
@@ -40,29 +55,40 @@ class QualityGate(Block):
         return self
 
 
-class AlignmentGate(Block):
-    """Not worse than the champion at showing what the prompt asks for: fails a loss that is beyond chance, the whole
-    paired interval of candidate - champion being on the worse side, and larger than tolerated."""
+class AlignmentGate(Gate):
+    """Not worse than the champion at showing what the prompt asks for.
+
+    It fails a loss that is beyond chance, the whole paired interval of candidate - champion being on the worse side,
+    and larger than tolerated; and also where so few pictures were compared that a large loss cannot be ruled out.
+    """
 
     measure: str | None = None
-    """None: the best that was measured, in the order above; where none was, there is nothing to hold."""
+    """None: the best that was measured, in the order above."""
+    required: bool = True
+    """Whether the gate fails where nothing measured it for both models."""
     tolerance: float = Field(default=0.01, ge=0)
     """The part of the champion's value that may be lost, chance or not."""
+    largest_loss: float = Field(default=0.1, gt=0)
+    """The worse end of the paired interval may not lose more: a part of the champion's value; for caption_alignment,
+    which is 0 by chance, in its own unit, in which 1 is all."""
 
 
-class MemorizationGate(Block):
+class MemorizationGate(Gate):
     """Does not repeat training images."""
 
     measure: str | None = None
     """None: the rate of copies by each extractor must hold."""
-    limit: float = Field(default=0.05, ge=0)
-    """Copies among the generated images, as a share: not even the lower end of its 95 % interval may lie above.
+    required: bool = True
+    """Whether the gate fails where copies were not looked for."""
+    limit: float = Field(default=0.05, gt=0, le=1)
+    """Copies among the generated images, as a share: the upper end of its 95 % interval may not lie above.
 
-    Images that copy nothing have a small share too, by chance: 1 / (H + 1) where H < 99 images were held out.
+    Images that copy nothing have a small share too, by chance: 1 in 100, or 1 / (H + 1) where H < 99 images were held
+    out. So a model that copies nothing needs some 250 pictures to show that it stays below 0.05.
     """
 
 
-class ApprovalGate(Block):
+class ApprovalGate(Gate):
     """A person has looked."""
 
     required: bool = False
@@ -90,6 +116,12 @@ class Figure(Protocol):
     def extractor(self) -> str | None: ...
     @property
     def interval(self) -> tuple[float, float] | None: ...
+    @property
+    def chance(self) -> float | None:
+        """The value of a model that is as it should be, where it is neither 0 nor 1."""
+
+    @property
+    def num_generated(self) -> int: ...
 
 
 class Interval(Protocol):
@@ -165,6 +197,9 @@ def check_named(gates: Gates, figures: Figures) -> None:
     for key, name in (("quality", gates.quality.measure), ("alignment", gates.alignment.measure)):
         if name is not None and name not in comparable:
             raise UserError(f"{key}.measure: '{name}' was not measured; there are {', '.join(comparable) or 'none'}")
+    copies = figures.get(gates.memorization.measure or "")
+    if copies is not None and copies.better == "higher":
+        raise UserError(f"memorization.measure: '{gates.memorization.measure}' is no share of copies: more is better")
 
 
 def quality_measure(gates: Gates, candidate: Figures, champion: Figures) -> str:
@@ -220,17 +255,21 @@ def _within_limit(gate: QualityGate, candidate: Figures) -> Check:
     assert gate.limit is not None
     setting: dict[str, float | str | bool | None] = {"quality.measure": gate.measure, "quality.limit": gate.limit}
     figure = candidate.get(gate.measure)
-    if figure is None:
-        reason = f"{gate.measure} was not measured"
+    interval = None if figure is None else _interval(gate.measure, figure)
+    if figure is None or interval is None:
+        reason = f"{gate.measure} was not measured" if figure is None else f"{gate.measure} has no interval"
         return Check(gate="quality limit", passed=False, measure=gate.measure, setting=setting, reason=reason)
-    passed = figure.value <= gate.limit if figure.better == "lower" else figure.value >= gate.limit
+    low, high = interval
+    is_inside = high <= gate.limit if figure.better == "lower" else low >= gate.limit
+    passed = is_inside and all(map(math.isfinite, (figure.value, low, high)))
     return Check(
         gate="quality limit",
         passed=passed,
         measure=gate.measure,
-        numbers={"candidate": figure.value},
+        numbers={"candidate": figure.value, "low": low, "high": high},
         setting=setting,
-        reason=f"{gate.measure} {figure.value:.4g} {'is' if passed else 'is not'} within the limit of {gate.limit:g}",
+        reason=f"{gate.measure} {figure.value:.4g}, 95 % interval {low:.4g} to {high:.4g}, "
+        f"{'is' if passed else 'is not surely'} within the limit of {gate.limit:g}",
     )
 
 
@@ -239,32 +278,42 @@ def _not_worse(
 ) -> Check:
     setting: dict[str, float | str | bool | None] = {
         "alignment.measure": gate.measure,
+        "alignment.required": gate.required,
         "alignment.tolerance": gate.tolerance,
+        "alignment.largest_loss": gate.largest_loss,
     }
     if name is None:
-        return Check(gate="alignment", passed=True, setting=setting, reason="nothing measured it")
+        reason = "nothing measured it for both models, so a loss cannot be ruled out"
+        return Check(gate="alignment", passed=not gate.required, setting=setting, reason=_unless(gate.required, reason))
     assert difference is not None
     low, high = difference.interval
     before, after = champion[name].value, candidate[name].value
     sign = -1 if candidate[name].better == "lower" else 1
-    is_loss_beyond_chance = max(sign * low, sign * high) < 0
-    is_tolerated = -sign * difference.value <= gate.tolerance * abs(before)
+    loss, (least, most) = -sign * difference.value, sorted((-sign * low, -sign * high))
+    unit = 1.0 if metric_of(name, candidate[name]) == "caption_alignment" else abs(before)
     is_number = all(map(math.isfinite, (before, after, difference.value, low, high)))
-    passed = is_number and (is_tolerated or not is_loss_beyond_chance)
+    is_worse = not is_number or (least > 0 and loss > gate.tolerance * abs(before))
+    is_unsure = not is_worse and most > gate.largest_loss * unit
+    if is_unsure:
+        drawn = max(figure.num_generated for figure in candidate.values())
+        needed = _pictures_to_rule_out(gate.largest_loss * unit, loss, most - loss, drawn)
+        said = f"not enough pictures to rule out a loss of {gate.largest_loss * unit:.3g}: draw {needed:,}"
+    else:
+        said = f"{'worse' if is_worse else 'no worse'} than chance or the tolerance of {gate.tolerance:.1%} allows"
     return Check(
         gate="alignment",
-        passed=passed,
+        passed=not is_worse and not is_unsure,
         measure=name,
         numbers={"candidate": after, "champion": before, "difference": difference.value, "low": low, "high": high},
         setting=setting,
-        reason=f"{name} {before:.4g} → {after:.4g}, paired 95 % interval {low:+.3g} to {high:+.3g}: "
-        f"{'no worse' if passed else 'worse'} than chance or the tolerance of {gate.tolerance:.1%} allows",
+        reason=f"{name} {before:.4g} → {after:.4g}, paired 95 % interval {low:+.3g} to {high:+.3g}: {said}",
     )
 
 
 def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
     setting: dict[str, float | str | bool | None] = {
         "memorization.measure": gate.measure,
+        "memorization.required": gate.required,
         "memorization.limit": gate.limit,
     }
     names = [
@@ -273,25 +322,82 @@ def _memorization(gate: MemorizationGate, candidate: Figures) -> list[Check]:
         if (name == gate.measure if gate.measure else metric_of(name, figure) == COPY_METRIC)
     ]
     if not names:
-        reason = f"{gate.measure or COPY_METRIC} was not measured, so copies cannot be ruled out"
-        return [Check(gate="memorization", passed=False, measure=gate.measure, setting=setting, reason=reason)]
+        reason = _unless(
+            gate.required, f"{gate.measure or COPY_METRIC} was not measured, so copies cannot be ruled out"
+        )
+        return [
+            Check(gate="memorization", passed=not gate.required, measure=gate.measure, setting=setting, reason=reason)
+        ]
     return [_within_copies(name, candidate[name], gate.limit, setting) for name in names]
 
 
+def _unless(required: bool, reason: str) -> str:
+    return reason if required else f"{reason}; these gates do not require it"
+
+
 def _within_copies(name: str, figure: Figure, limit: float, setting: dict[str, float | str | bool | None]) -> Check:
-    """Held against the interval's lower end: the rate of a model that copies nothing scatters, and may exceed 5 %."""
-    low = figure.interval[0] if figure.interval else figure.value
-    passed = math.isfinite(figure.value) and low <= limit
-    sure = f", surely at least {low:.2%}," if figure.interval else ""
+    """Held against the interval's upper end: few pictures without a copy are no evidence that there are few copies."""
+    low, high = figure.interval or (math.nan, math.nan)
+    is_number = all(map(math.isfinite, (figure.value, low, high)))
+    passed = is_number and high <= limit
+    if passed:
+        said = f"is within the limit of {limit:.2%}"
+    elif is_number and low > limit:
+        said = f"is over the limit of {limit:.2%}: it copies its training images"
+    elif is_number:
+        said = f"may be over the limit of {limit:.2%}: {_what_would_decide(figure, limit)}"
+    else:
+        said = "has no interval to hold against the limit"
     return Check(
         gate="memorization",
         passed=passed,
         measure=name,
-        numbers={"candidate": figure.value, "low": low},
+        numbers={"candidate": figure.value, "low": low, "high": high},
         setting=setting,
-        reason=f"{name} {figure.value:.2%}{sure} is {'within' if passed else 'over'} the limit of {limit:.2%}"
-        f"{'' if passed else ': it copies its training images'}",
+        reason=f"{name} {figure.value:.2%}, 95 % interval {low:.2%} to {high:.2%}, {said}",
     )
+
+
+def _what_would_decide(figure: Figure, limit: float) -> str:
+    chance = CHANCE if figure.chance is None else figure.chance
+    needed = pictures_to_decide(figure.value, figure.num_generated, limit=limit, chance=chance)
+    if needed is not None:
+        return f"not enough pictures, draw {needed:,}"
+    if chance >= limit:
+        return f"by so few held-out images, {chance:.2%} of honest pictures count as copies: hold out 99 or more"
+    return "no number of pictures in reach would decide it"
+
+
+def pictures_to_decide(rate: float, count: int, *, limit: float, chance: float = CHANCE) -> int | None:
+    """How many pictures decide whether a share lies below `limit`; `rate` was found among `count` pictures.
+
+    So many that of models at the rate `chance`, as honest ones are, 95 % would pass, and that the exact interval
+    (Clopper & Pearson 1934) of the rate that was found would lie on one side of the limit. A rate over the limit that
+    was found among fewer than honest models need is not taken for the model's. None if that takes more than
+    MOST_PICTURES, or if honest models are over the limit.
+    """
+    from scipy.stats import binom
+
+    counts = np.arange(1, MOST_PICTURES + 1)
+    # The upper end for k of n lies below the limit where P(at most k of n, each with chance `limit`) is at most ERROR.
+    most_copies = binom.ppf(ERROR, counts, limit) - 1
+    too_weak = np.flatnonzero(binom.cdf(most_copies, counts, chance) < POWER)
+    for_honest = int(too_weak[-1]) + 2 if len(too_weak) else 1
+    if for_honest > MOST_PICTURES:
+        return None
+    if count < for_honest and rate >= limit:
+        return for_honest
+    found = np.round(rate * counts)
+    is_decided = (found <= most_copies) | (binom.sf(found - 1, counts, limit) <= ERROR)
+    decided = counts[is_decided & (counts > count)]
+    return max(for_honest, int(decided[0])) if len(decided) else None
+
+
+def _pictures_to_rule_out(largest: float, loss: float, margin: float, drawn: int) -> int:
+    """At the difference that was found, the interval of so many pictures would lie on one side of the largest loss, or
+    of 0 where the loss itself is that large; its half-width `margin` falls with the root of their number."""
+    room = largest - loss if loss < largest else loss
+    return max(drawn + 1, math.ceil(drawn * (margin / room) ** 2))
 
 
 def _approval(gate: ApprovalGate, approved_by: str | None) -> Check:
@@ -303,6 +409,10 @@ def _approval(gate: ApprovalGate, approved_by: str | None) -> Check:
         if approved_by
         else f"no one has approved it: set the version's tag '{gate.tag}' to who did",
     )
+
+
+def _interval(name: str, figure: Figure) -> tuple[float, float] | None:
+    return (figure.value, figure.value) if metric_of(name, figure) == P_VALUE else figure.interval
 
 
 def metric_of(name: str, figure: Figure) -> str:

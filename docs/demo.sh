@@ -10,12 +10,14 @@ SECONDS=0
 "$BIN/medsynth" shards write tests/data/colonoscopy --format medvqa --samples-per-shard 100 --out "$DEMO/shards"
 "$BIN/medsynth" shards inspect "$DEMO/shards"
 "$BIN/medsynth" train recipes/msdm-demo.yaml --set "data.shards=$DEMO/shards" --set "cluster.storage=$DEMO/runs" $TRAIN
-"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --out "$DEMO/samples"
+"$BIN/medsynth" generate --model models:/msdm-demo/latest --prompt "$PROMPT" --num-images 8 --seed 0 --overwrite \
+    --out "$DEMO/samples"
 
 # Judged beside held-out frames, then held against the champion, if an earlier demo left one: refusal is exit code 3.
+# 300 pictures, in few steps: fewer could not show that it does not copy.
 VERSION=$("$BIN/python" -c "from cluster.registry import RegisteredModel
 print(RegisteredModel.of('models:/msdm-demo/latest')[1].number)")
-JUDGE=(--data "$DEMO/shards" --num-samples 96 --num-inference-steps 20 --extractor random-vgg:64 --workers 2)
+JUDGE=(--data "$DEMO/shards" --num-samples 300 --num-inference-steps 15 --extractor random-vgg:64 --workers 2)
 "$BIN/medsynth" evaluate "models:/msdm-demo/$VERSION" "${JUDGE[@]}" \
     --out "$DEMO/promotions/msdm-demo-$VERSION" --cache "$DEMO/promotions/features"
 "$BIN/medsynth" promote "models:/msdm-demo/$VERSION" "${JUDGE[@]}" --out "$DEMO/promotions" || [ $? = 3 ]

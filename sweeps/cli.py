@@ -266,6 +266,8 @@ def summarize(console: Console, spec: "SweepSpec", swept: "Swept") -> None:
         console.print(table)
         again = command_line(["medsynth", "train", swept.journal.best_recipe])
         console.print(f"Train it again, or longer: {plain(again)}", soft_wrap=True)
+    if swept.shortfall:
+        console.print(f"It is not registered: trained for {plain(swept.shortfall)} of its recipe", soft_wrap=True)
     if swept.model_uri and swept.model_uri.startswith("models:/"):
         judge = command_line(["medsynth", "promote", swept.model_uri])
         console.print(f"Judge it: {plain(judge)} --data ...", soft_wrap=True)

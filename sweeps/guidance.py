@@ -37,6 +37,7 @@ from sweeps.guidance_pictures import draw_front, draw_grid, swept_scale
 from sweeps.guidance_spec import GuidanceGrid
 from sweeps.pareto import pareto_front
 from trainers import lease
+from trainers.drawing_settings import SETTINGS as DRAWING_SETTINGS
 from trainers.evaluate import (
     EXPERIMENT,
     Request,
@@ -61,8 +62,7 @@ from trainers.model_source import pinned, sampling_tags
 MEASURED = "measured.json"
 KIND_OF_RUN = "guidance-sweep"
 SWEEP_TAG = "sampling.sweep"
-SMALLEST = {"guidance_scale": 0.0, "true_cfg_scale": 1.0, "num_inference_steps": 1}
-AXES = (*SMALLEST, "sampler")
+AXES = (*DRAWING_SETTINGS, "sampler")
 ALIGNMENT = ("clip_score", "caption_alignment")  # the first of them that was measured
 ROWS_OF_GRID = 6
 Setting = dict[str, Any]
@@ -312,10 +312,6 @@ def settings_of(drawing: Drawing, axes: Mapping[str, Sequence[Any]]) -> dict[str
     Raises UserError for an axis or a value that the model is not drawn with.
     """
     given = {name: values for name, values in axes.items() if values}
-    for name, smallest in SMALLEST.items():
-        for value in given.get(name, ()):
-            if value < smallest:
-                raise UserError(f"{name} must be at least {smallest:g}, not {value:g}")
     settings = {}
     for values in product(*given.values()):
         arguments = drawing.arguments(dict(zip(given, values, strict=True)))

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
+from plotly.colors import sample_colorscale
 from plotly.io import to_html
 
 from sweeps.pareto import pareto_front
@@ -27,6 +28,11 @@ PAGE = "sweep.html"
 STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 BEST, POINT, STOPPED = "#c0392b", "#2c5f8a", "#9aa7b1"
 MISSING = "–"  # where a trial has no such key
+HISTORY, PARETO = "Optimisation history", "Pareto front"
+VISIBLE = [[0, "#8fb8de"], [1, "#08306b"]]  # colours of the page's figures: Optuna's begin with white
+VISIBLE_BEST = [[0, "#f0907f"], [1, "#8e1408"]]
+WHITE = 247.0  # red in the palest of Optuna's blues; the darkest has next to none
+MOST_TICKS = 10
 SPREAD = 50  # values further apart than this, as a ratio, are shown on a logarithmic scale
 
 
@@ -35,7 +41,7 @@ def write_sweep_report(trials: Sequence[Trial], spec: SweepSpec, out: Path) -> l
 
     history.png, slice.png, parallel-coordinates.png, pareto.png, importances.png and sweep.html. Trials that run or
     have no value are left out of what needs one; with none that has, nothing is written, and importances only where
-    there are two finished trials that differ.
+    two keys or more explain the difference of finished trials: of one key alone it is always 1.
     """
     out.mkdir(parents=True, exist_ok=True)
     judged = [trial for trial in trials if trial.value is not None and math.isfinite(trial.value)]
@@ -43,6 +49,7 @@ def write_sweep_report(trials: Sequence[Trial], spec: SweepSpec, out: Path) -> l
         return []
     study = study_of(trials, spec)
     importances = importances_of(study)
+    importances = importances if len(importances) > 1 else {}
     figures: dict[str, Figure] = {
         "history": _history(judged, trials, spec),
         "slice": _slices(judged, spec),
@@ -235,10 +242,10 @@ def _page(study: optuna.Study, judged: Sequence[Trial], spec: SweepSpec, *, has_
     target = spec.objective.metric
     plots = optuna.visualization
     figures: dict[str, Any] = {
-        "Optimisation history": plots.plot_optimization_history(study, target_name=target),
+        HISTORY: plots.plot_optimization_history(study, target_name=target),
         "Parallel coordinates": plots.plot_parallel_coordinate(study, target_name=target),
         "Slices": plots.plot_slice(study, target_name=target),
-        "Pareto front": plots.plot_pareto_front(_with_costs(judged, spec), target_names=["steps", target]),
+        PARETO: plots.plot_pareto_front(_with_costs(judged, spec), target_names=["steps", target]),
         "Learning curves": plots.plot_intermediate_values(study),
     }
     if has_importances:
@@ -249,8 +256,17 @@ def _page(study: optuna.Study, judged: Sequence[Trial], spec: SweepSpec, *, has_
             target_name=target,
         )
     sections: list[str] = []
+    last = max(trial.number for trial in judged)
+    figures[HISTORY].update_xaxes(range=[-0.5, last + 0.5], tickformat="d", dtick=_whole_step(last))
+    _make_lines_readable(figures["Parallel coordinates"], study, spec)
+    steps = [trial.steps for trial in judged]
+    room = 0.05 * max(steps)
+    figures[PARETO].update_xaxes(range=[min(steps) - room, max(steps) + room], tickformat=",d")
+    if len(set(steps)) <= MOST_TICKS:
+        figures[PARETO].update_xaxes(tickvals=sorted(set(steps)))
     for name, figure in figures.items():
         figure.update_layout(title=None, margin={"t": 30})
+        _make_readable(figure, study, spec)
         html = to_html(
             figure,
             full_html=False,
@@ -276,6 +292,44 @@ the Pareto front and the learning curves, where stopped ones are too.</p>
 </body>
 </html>
 """
+
+
+def _make_readable(figure: Any, study: optuna.Study, spec: SweepSpec) -> None:
+    """No mark as pale as the paper, no fraction of a trial, and keys by names that fit."""
+    names = _short_names(list(spec.space))
+    last = max((trial.number for trial in study.trials), default=0)
+    for trace in figure.data:
+        if trace.type != "scatter" or not trace.marker.colorscale:
+            continue
+        title = trace.marker.colorbar.title.text
+        trace.marker.colorscale = VISIBLE_BEST if title == "Best Trial" else VISIBLE
+        if title in ("Trial", "Best Trial"):
+            trace.marker.update(cmin=0, cmax=max(last, 1))
+            trace.marker.colorbar.update(tickformat="d", dtick=_whole_step(last))
+    figure.for_each_xaxis(lambda axis: axis.update(title_text=names.get(axis.title.text, axis.title.text)))
+
+
+def _make_lines_readable(figure: Any, study: optuna.Study, spec: SweepSpec) -> None:
+    """Parallel coordinates: Optuna draws the worst trial's line in white, and cuts the keys' names."""
+    lines = [trace for trace in figure.data if trace.mode == "lines" and str(trace.line.color).startswith("rgb")]
+    reds = [float(trace.line.color.removeprefix("rgb(").partition(",")[0]) for trace in lines]
+    for trace, red in zip(lines, reds, strict=True):
+        trace.line.color = sample_colorscale(VISIBLE, [(WHITE - red) / WHITE])[0]
+        trace.opacity = 0.9
+    names = _short_names(list(spec.space))
+    keys = sorted({key for trial in study.trials for key in trial.params})
+    figure.update_xaxes(ticktext=[spec.objective.metric, *(names[key] for key in keys)])
+
+
+def _whole_step(last: int) -> int:
+    """Between ticks of trials 0 to `last`."""
+    return max(1, -(-last // MOST_TICKS))
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The keys' last parts, where these tell them apart."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def _with_costs(judged: Sequence[Trial], spec: SweepSpec) -> optuna.Study:

@@ -19,7 +19,7 @@ from sweeps import population
 from sweeps.objective import check_objective, objective_stage, objective_steps
 from sweeps.spec import PBT, Axis, SweepSpec, Trial
 from trainers.families import family_of
-from trainers.recipe import Recipe, load_recipe
+from trainers.recipe import Recipe, load_recipe, read_document
 
 STARTUP_TRIALS = 5  # drawn at random before the estimator has something to go by
 MAX_CORNERS = 64  # tried on the recipe before a sweep starts
@@ -33,6 +33,24 @@ def recipe_of(spec: SweepSpec, params: Mapping[str, Any]) -> Recipe:
     """The recipe with what is fixed and with a trial's values. Raises UserError as `load_recipe` does."""
     values = {**spec.fixed, **params}
     return load_recipe(spec.recipe, [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()])
+
+
+def full_steps(spec: SweepSpec) -> dict[str, int]:
+    """The steps of each stage as the recipe's own file has them, whatever is fixed for the trials; by stage."""
+    document = read_document(spec.recipe, "recipe", "'family' and 'data'")
+    return {
+        stage: block["training"]["steps"]
+        for stage, block in document.items()
+        if isinstance(block, dict) and isinstance(block.get("training"), dict) and "steps" in block["training"]
+    }
+
+
+def shortfall(recipe: Recipe, full: Mapping[str, int]) -> str:
+    """Which stages of a trial's recipe are trained for fewer steps than in full, in words; empty if none is."""
+    family = family_of(recipe)
+    trained = {stage: family.training_of(recipe, stage).steps for stage in family.STAGES}
+    short = [stage for stage in trained if trained[stage] < full.get(stage, 0)]
+    return ", ".join(f"{stage} {trained[stage]:,} of {full[stage]:,} steps" for stage in short)
 
 
 def grid_points(spec: SweepSpec) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ from sweeps.journal import Journal
 from sweeps.spec import ASHA, State, SweepSpec, Trial, dump_spec
 from trainers import lease
 from trainers.checkpoint_folders import checkpoint_folder
+from trainers.families import family_of
 from trainers.launch import (
     Progress,
     RunCutOffError,
@@ -105,7 +106,8 @@ class Swept:
     trials: tuple[Trial, ...]
     steps: int  # that a trial has in the objective's stage, at most
     best: Trial | None  # None if no trial was trained to its end
-    model_uri: str | None  # models:/NAME/VERSION, or the best model's folder when the recipe registers nothing
+    model_uri: str | None  # models:/NAME/VERSION, or the best model's folder when it is not registered
+    shortfall: str = ""  # why it is not, where it was trained for fewer steps than its recipe's file asks for
 
 
 class SweepStopped(Exception):  # noqa: N818 - what happened, not what went wrong
@@ -115,12 +117,14 @@ class SweepStopped(Exception):  # noqa: N818 - what happened, not what went wron
 def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swept:
     """Try the recipes of a new sweep, or go on with one that was cut off; register the best model as `candidate`.
 
+    A model that was trained for fewer steps than the recipe's file asks for is not registered: it would be the newest
+    version of its name, and no more than a trial.
     Trials that ended are never run again; those that were cut off go on from their checkpoints. Raises UserError for
     what the user can mend, before anything starts where possible, and SweepStopped when it was interrupted.
     """
     began = time.monotonic()
     check_path_part(name, "the sweep's name")
-    corners = [at_absolute_paths(corner) for corner in space.check(spec)]
+    corners, full = [at_absolute_paths(corner) for corner in space.check(spec)], space.full_steps(spec)
     recipe = space.recipe_of(spec, {})
     runtime.check_outlives_job(recipe.cluster.storage)
     recipe = at_absolute_paths(recipe)
@@ -172,7 +176,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
             conductor = _Conductor(spec, corners, journal, tracker, watch, recording, limit, began)
             _run_trials(conductor, _Setting(spec, journal, tracker, shared))
             best = space.best_trial(spec, conductor.trials)
-            model_uri = _keep(conductor, best, manifest) if best else None
+            model_uri, shortfall = _keep(conductor, best, manifest, full) if best else (None, "")
             _write_report(conductor)
             status = "FINISHED"
         except (RunStopped, SweepStopped, KeyboardInterrupt):
@@ -180,7 +184,7 @@ def run_sweep(spec: SweepSpec, name: str, *, is_new: bool, watch: Watch) -> Swep
             raise SweepStopped from None
         finally:
             finish_run(tracker, status)
-    return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri)
+    return Swept(journal, tracker, tuple(conductor.trials), conductor.steps, best, model_uri, shortfall)
 
 
 def _check_guidance(grid: GuidanceGrid, recipe: Recipe) -> None:
@@ -226,8 +230,9 @@ def _of_sweep(recipe: Recipe, journal: Journal) -> Recipe:
     )
 
 
-def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
-    """Write the best trial's recipe as one that `medsynth train` takes, and register its model as candidate."""
+def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest, full: Mapping[str, int]) -> tuple[str, str]:
+    """Write the best trial's recipe as one that `medsynth train` takes, and register its model as candidate if it was
+    trained for the `full` steps of each stage; the model's URI, and the shortfall."""
     spec, journal, tracker = conductor.spec, conductor.journal, conductor.tracker
     setting = GuidanceSweep.load(journal.guidance(best.number)).best.setting if spec.guidance else {}
     recipe = at_absolute_paths(space.with_sampling(space.recipe_of(spec, best.params), setting))
@@ -239,6 +244,8 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
     assert best.run_id is not None  # it was trained to its end
     run = journal.run_folder(best.number)
     trained = at_absolute_paths(space.with_sampling(space.recipe_of_trial(spec, best), setting))
+    if shortfall := space.shortfall(trained, full):
+        return run.model(family_of(trained).STAGES[-1]), shortfall
     model_uri = register_run(trained, manifest, run, Tracker(tracker.tracking_uri, best.run_id))
     # A sweep that is resumed when it has ended takes the alias from nobody.
     if model_uri.startswith("models:/") and journal.candidate() != model_uri:
@@ -247,7 +254,7 @@ def _keep(conductor: "_Conductor", best: Trial, manifest: Manifest) -> str:
         model.tag(int(number), sampling_tags(setting))
         model.point(CANDIDATE, int(number))
         journal.note_candidate(model_uri)
-    return model_uri
+    return model_uri, ""
 
 
 def _write_report(conductor: "_Conductor") -> None:

@@ -13,6 +13,7 @@ from cluster.errors import UserError
 from cluster.names import check_path_part
 from cluster.progress import TimeLeft, progress_lines
 from cluster.terminal import ask, command_line, console, plain, say_starting
+from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
 from trainers.evaluation_options import check_model
 
 if TYPE_CHECKING:
@@ -79,14 +80,30 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What they should not show.")] = "",
     guidance_scale: Annotated[
         float | None,
-        typer.Option(metavar="N", min=0, help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told."),
+        typer.Option(
+            metavar="N",
+            min=GUIDANCE_SCALE.low,
+            max=GUIDANCE_SCALE.high,
+            help="MSDM: weight of the prompt, 1 is none. FLUX: the guidance it is told.",
+        ),
     ] = None,
     true_cfg_scale: Annotated[
         float | None,
-        typer.Option(metavar="N", min=1, help="FLUX: weight of the prompt against the negative one; 1 is none."),
+        typer.Option(
+            metavar="N",
+            min=TRUE_CFG_SCALE.low,
+            max=TRUE_CFG_SCALE.high,
+            help="FLUX: weight of the prompt against the negative one; 1 is none.",
+        ),
     ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Sampling steps. Default: the model's own.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=NUM_INFERENCE_STEPS.low,
+            max=NUM_INFERENCE_STEPS.high,
+            help="Sampling steps, at most those that it was trained with. Default: the model's own.",
+        ),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -96,13 +113,20 @@ def generate(
         str | None,
         typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
     ] = None,
-    num_images: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures drawn at a time.")] = 8,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="The same seed draws the same pictures.")] = 0,
+    num_images: Annotated[int, typer.Option(metavar="N", min=NUM_IMAGES.low, max=NUM_IMAGES.high)] = 1,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=BATCH_SIZE.low, max=BATCH_SIZE.high, help="Pictures drawn at a time.")
+    ] = 8,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=SEED.low, max=SEED.high, help="The same seed draws the same pictures.")
+    ] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,
         typer.Option("--compile", help="Compile the denoiser first, a minute or more: for thousands of pictures."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that medsynth drew into --out for another command.")
     ] = False,
 ) -> None:
     """Draw pictures from a trained model.
@@ -136,6 +160,7 @@ def generate(
             settings={name: value for name, value in asked.items() if value is not None},
             device=device,
             compile=compile,
+            overwrite=overwrite,
             on_progress=on_progress,
         )
     console.print(f"{len(paths)} pictures in {plain(out)}: {paths[0].name} to {paths[-1].name}", soft_wrap=True)

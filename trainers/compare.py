@@ -146,7 +146,12 @@ def _measure_row(name: str, measure: Measure, evaluations: Sequence[Evaluation],
         else None
         for evaluation in evaluations
     ]
-    return _row(label_of(name, measure), measure.better, entries, notes)
+    others = "it was evaluated without it"
+    whys = [evaluation.missing.get(name, others) for evaluation in evaluations]
+    label = label_of(name, measure)
+    if measure.better is None and measure.chance is not None:
+        label += f" ({measure.chance:g} is best)"
+    return _row(label, measure.better, entries, whys, notes)
 
 
 def _conditions(evaluation: Evaluation, measure: Measure) -> tuple[tuple[str, Any], ...]:
@@ -166,18 +171,31 @@ def _conditions(evaluation: Evaluation, measure: Measure) -> tuple[tuple[str, An
 
 
 def _cost_rows(evaluations: Sequence[Evaluation], price: float | None, notes: _Notes) -> list[Row]:
-    def row(label: str, better: Better | None, entry: Callable[[Evaluation], _Entry | None]) -> Row:
-        return _row(label, better, [entry(evaluation) for evaluation in evaluations], notes)
+    def row(
+        label: str,
+        better: Better | None,
+        entry: Callable[[Evaluation], _Entry | None],
+        why: Callable[[Evaluation], str],
+    ) -> Row:
+        return _row(label, better, [entry(run) for run in evaluations], [why(run) for run in evaluations], notes)
 
     rows = [
-        row("Parameters", None, _parameters),
-        row("GPU-hours", "lower", _gpu_hours),
-        row("Energy, kWh", "lower", _energy_kwh),
-        row("Seconds an image", "lower", _seconds_per_image),
+        row("Parameters", None, _parameters, lambda run: "it is a folder of images"),
+        row(hours_label(evaluations), "lower", _device_hours, lambda run: "its training run is not known here"),
+        row("Energy, kWh", "lower", _energy_kwh, lambda run: "no GPU told its power while it trained"),
+        row("Seconds an image", "lower", _seconds_per_image, lambda run: "its images were given as a folder"),
     ]
     if price is not None:
-        rows.append(row(f"Cost at {price:g} a GPU-hour", "lower", lambda evaluation: _cost(evaluation, price)))
+        label = f"Cost at {price:g} a GPU-hour"
+        rows.append(row(label, "lower", lambda run: _cost(run, price), lambda run: "no training on GPUs is known here"))
     return rows
+
+
+def hours_label(evaluations: Sequence[Evaluation]) -> str:
+    """GPU-hours, CPU-hours (of processes, whatever cores each has), or Device-hours of both kinds."""
+    trained = [run.training for run in evaluations if run.training.gpu_hours is not None]
+    kinds = {training.is_on_gpus for training in trained}
+    return "Device-hours" if len(kinds) > 1 else "CPU-hours" if kinds == {False} else "GPU-hours"
 
 
 def _parameters(evaluation: Evaluation) -> _Entry | None:
@@ -185,14 +203,15 @@ def _parameters(evaluation: Evaluation) -> _Entry | None:
     return None if count is None else _Entry(count)
 
 
-def _gpu_hours(evaluation: Evaluation) -> _Entry | None:
+def _device_hours(evaluation: Evaluation) -> _Entry | None:
     training = evaluation.training
     return None if training.gpu_hours is None else _Entry(training.gpu_hours, None, (("device", training.device),))
 
 
 def _cost(evaluation: Evaluation, price: float) -> _Entry | None:
-    hours = _gpu_hours(evaluation)
-    return None if hours is None else replace(hours, value=hours.value * price)
+    hours = _device_hours(evaluation)
+    is_on_gpus = evaluation.training.is_on_gpus
+    return replace(hours, value=hours.value * price) if hours is not None and is_on_gpus else None
 
 
 def _energy_kwh(evaluation: Evaluation) -> _Entry | None:
@@ -230,8 +249,11 @@ def _setting_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     ]
 
 
-def _row(label: str, better: Better | None, entries: Sequence[_Entry | None], notes: _Notes) -> Row:
-    """Write a row. Entries whose conditions most others do not share stay out of the search for the best."""
+def _row(
+    label: str, better: Better | None, entries: Sequence[_Entry | None], whys: Sequence[str], notes: _Notes
+) -> Row:
+    """Write a row. Entries whose conditions most others do not share stay out of the search for the best; `whys` say
+    why an entry is missing."""
     known = [entry for entry in entries if entry is not None]
     whole = all(entry.value == int(entry.value) and entry.interval is None for entry in known)
     places = 0 if whole else decimals([entry.value for entry in known], [entry.interval for entry in known])
@@ -241,9 +263,9 @@ def _row(label: str, better: Better | None, entries: Sequence[_Entry | None], no
     best = _best(fair, better) if len(fair) > 1 else None
     base = next((run for run, entry in zip(notes.runs, entries, strict=True) if entry in fair), "")
 
-    def cell(entry: _Entry | None) -> Cell:
+    def cell(entry: _Entry | None, why: str) -> Cell:
         if entry is None:
-            return Cell(MISSING)
+            return Cell(MISSING, note=notes.letter(f"Not known: {why}."))
         bounds = ", ".join(write(bound, places) for bound in entry.interval) if entry.interval else ""
         written = Cell(write(entry.value, places), f"[{bounds}]" if bounds else "")
         if entry.conditions != common:
@@ -254,7 +276,7 @@ def _row(label: str, better: Better | None, entries: Sequence[_Entry | None], no
             )
         return replace(written, mark=_mark(entry, best))
 
-    return Row(label, better, tuple(map(cell, entries)))
+    return Row(label, better, tuple(map(cell, entries, whys)))
 
 
 def _best(entries: Sequence[_Entry], better: Better | None) -> _Entry | None:
@@ -379,7 +401,7 @@ def _lettered(table: Table) -> list[tuple[str, str]]:
 
 # --- quality against cost ---
 
-COSTS = ("cost", "gpu-hours", "energy", "seconds")
+COSTS = ("cost", "hours", "energy", "seconds")
 INK, MUTED, AXIS, GRID, ACCENT = "#1b1f24", "#5d6773", "#c5cbd3", "#eceef1", "#0b6e66"
 FONT_SIZE, LINE_HEIGHT, LABEL_WIDTH = 10, 13, 150  # points
 
@@ -396,7 +418,7 @@ def quality_cost_plot(
     `measure` is a name in the evaluations, by default the first that two runs have; `against` is one of COSTS, by
     default the first that two runs have. Raises UserError if fewer than two runs have both and can be compared.
     """
-    costs = _costs(price_per_gpu_hour)
+    costs = _costs(evaluations, price_per_gpu_hour)
     known = [name for _, group in by_group(_all_measures(evaluations)).items() for name, _ in group]
     for what, chosen, choices in (("measure", measure, known), ("cost", against, [*costs])):
         if chosen is not None and chosen not in choices:
@@ -430,11 +452,13 @@ class _Point:
     conditions: tuple[tuple[str, Any], ...]
 
 
-def _costs(price: float | None) -> dict[str, tuple[str, Callable[[Evaluation], _Entry | None]]]:
+def _costs(
+    evaluations: Sequence[Evaluation], price: float | None
+) -> dict[str, tuple[str, Callable[[Evaluation], _Entry | None]]]:
     costs: dict[str, tuple[str, Callable[[Evaluation], _Entry | None]]] = {}
     if price is not None:
         costs["cost"] = (f"Cost of training, at {price:g} a GPU-hour", lambda evaluation: _cost(evaluation, price))
-    costs["gpu-hours"] = ("GPU-hours of training", _gpu_hours)
+    costs["hours"] = (f"{hours_label(evaluations)} of training", _device_hours)
     costs["energy"] = ("Energy of training, kWh", _energy_kwh)
     costs["seconds"] = ("Seconds to draw an image", _seconds_per_image)
     return costs

@@ -27,7 +27,7 @@ def compare(
     ] = None,
     plot_against: Annotated[
         str | None,
-        typer.Option(metavar="COST", help="cost, gpu-hours, energy or seconds. Default: the first two have."),
+        typer.Option(metavar="COST", help="cost, hours, energy or seconds. Default: the first two have."),
     ] = None,
 ) -> None:
     """Set several runs' evaluations side by side: quality, diversity, copying, and what they cost.

@@ -4,6 +4,7 @@ Drawing and feature extraction are cut into shares that any number of Ray actors
 model, its prompt, the seed and its number alone, so one process and many find the same.
 """
 
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from cluster import storage
 from cluster.errors import UserError
@@ -30,8 +32,10 @@ from cluster.provenance import git_commit
 from cluster.tracking import Tracker, default_tracking_uri, find_run
 from cluster.weights import folder_digest, num_parameters
 from data_shards import Manifest, derive_seed
+from data_shards.decode import decode
 from data_shards.reader import read_images
-from trainers.fidelity.alignment import caption_alignment, clip_scores
+from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED
+from trainers.fidelity.alignment import MIN_BEARERS, caption_alignment, clip_scores
 from trainers.fidelity.cost import cost_of_run
 from trainers.fidelity.evaluation import (
     EVALUATION,
@@ -45,6 +49,7 @@ from trainers.fidelity.evaluation import (
     Reference,
     SampleRecord,
     features_uri,
+    measure_name,
 )
 from trainers.fidelity.extractor_uris import absolute_extractor, label_of
 from trainers.fidelity.extractors import ClassifyingExtractor, Extractor, PromptExtractor, kept_extractor
@@ -64,6 +69,7 @@ from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_ma
 from trainers.fidelity.samples import Drawn, Found, ShareWorker, begin, collect, read_sample, sample_uri, shares_of
 from trainers.generate import Drawing, default_device, drawing_of
 from trainers.model_source import is_model, noted_run, open_model, pinned
+from trainers.pictures import to_pixels
 from trainers.recipe import Recipe
 
 T = TypeVar("T")
@@ -83,7 +89,7 @@ class Request:
     """Folder or s3:// prefix of the real images."""
     splits: tuple[str, ...] | None = None
     """Whose captions are the prompts and whose images are the reference; None: all but the train split."""
-    num_samples: int = 256
+    num_samples: int = 300
     images_per_prompt: int = 2
     """Diversity is measured among the images of a prompt."""
     seed: int = 0
@@ -192,14 +198,18 @@ def evaluate(
 
     measures: dict[str, Measure] = {}
     scores: dict[str, NDArray[np.float64]] = {}
+    missing: dict[str, str] = {}
     for number, extractor in enumerate(extractors):
         on_progress("Measuring", number, len(extractors))
         generated, real = seen[extractor.label], held_out[extractor.label]
         measures |= feature_measures(extractor, generated, real, request.seed)
         aligned, of_samples = alignment_measures(extractor, generated, real, prompts, request.seed)
         measures |= aligned
+        missing |= missing_alignment(extractor.label, aligned, prompts)
         scores |= of_samples
     measures |= diversity_measures(lambda rows: _pixels(out, rows), prompts, seed=request.seed)
+    if "ms_ssim" not in measures:
+        missing["ms_ssim"] = "no prompt was drawn twice: give --images-per-prompt 2 or more"
     first = seen[extractors[0].label]
     neighbours: tuple[Neighbour, ...] = ()
     if train is not None:
@@ -207,6 +217,9 @@ def evaluate(
             extractors[0].label, first, train.features, reference.features, train.keys, seed=request.seed
         )
         measures |= copies
+    else:
+        why = "the train split is the reference itself" if TRAIN in splits else "the shards have no train split"
+        missing[measure_name("copy_rate", extractors[0].label)] = why
     on_progress("Measuring", len(extractors), len(extractors))
 
     evaluation = Evaluation(
@@ -236,6 +249,7 @@ def evaluate(
         ),
         samples=tuple(samples),
         measures=measures,
+        missing=missing,
         classes=class_measures(first, reference.features, prompts, reference.captions),
         neighbours=neighbours,
         extractors={extractor.label: extractor.record for extractor in extractors},
@@ -245,7 +259,8 @@ def evaluate(
         features = safetensors.numpy.save({"features": seen[extractor.label]})
         storage.write_bytes(features_uri(out, extractor.label), features)
     storage.write_bytes(storage.join(out, SCORES), safetensors.numpy.save(scores))
-    _report(evaluation, out, request.shards, reference, feature_map(extractors[0].label, reference.features, first))
+    points = feature_map(extractors[0].label, reference.features, first)
+    _report(evaluation, out, request.shards, subject.resolution, reference, points)
     evaluation.save(out)
     return evaluation
 
@@ -349,7 +364,14 @@ def _name_of(device: str) -> str:
 
 
 def check_request(request: Request, manifest: Manifest, splits: Sequence[str]) -> None:
-    """Raise UserError for what would fail after everything was drawn."""
+    """Raise UserError for what would fail after everything was drawn, or is out of bounds."""
+    for bounds, name in (
+        (NUM_IMAGES, "num_samples"),
+        (NUM_IMAGES, "images_per_prompt"),
+        (SEED, "seed"),
+        (BATCH_SIZE, "batch_size"),
+    ):
+        bounds.check(name, getattr(request, name))
     shares_of_images(request.shards, manifest, splits)
     held_out = sum(shard.num_samples for split in splits for shard in manifest.split(split))
     if min(held_out, request.num_samples) < MIN_IMAGES:
@@ -448,12 +470,32 @@ def alignment_measures(
     return measures, scores
 
 
+def missing_alignment(label: str, aligned: Mapping[str, Measure], prompts: Sequence[str]) -> dict[str, str]:
+    """Why caption alignment is not among the measures by an extractor, by its name; empty if it is."""
+    name = measure_name("caption_alignment", label)
+    if name in aligned:
+        return {}
+    if not any(prompts):
+        return {name: "the images do not say for which prompts they were drawn"}
+    return {name: f"no prompt is the caption of {MIN_BEARERS} real images or more, but not of all"}
+
+
 def _pixels(out: str, rows: Sequence[int]) -> NDArray[np.uint8]:
     """Some of the images, uint8 [n, H, W, 3]."""
     return np.stack([np.asarray(read_sample(out, row)) for row in rows])
 
 
-def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceFeatures, points: FeatureMap) -> None:
+def _as_compared(encoded: bytes, resolution: int) -> bytes:
+    """A real image as features were taken of it, scaled and cropped to a square; as PNG."""
+    pixels = to_pixels(decode(encoded, resolution)[None])[0]
+    data = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(data, "PNG")
+    return data.getvalue()
+
+
+def _report(
+    evaluation: Evaluation, out: str, shards: str, resolution: int, reference: ReferenceFeatures, points: FeatureMap
+) -> None:
     """Choose what the page shows, and write it."""
     of_prompt: dict[str, list[int]] = {}
     for number, sample in enumerate(evaluation.samples):
@@ -465,7 +507,7 @@ def _report(evaluation: Evaluation, out: str, shards: str, reference: ReferenceF
     }
     pairs = [n for n in evaluation.neighbours if n.is_suspicious] or list(evaluation.neighbours[:IMAGES_IN_ROW])
     keys = [key for prompt in chosen for key in bearers[prompt][:IMAGES_IN_ROW]] + [pair.key for pair in pairs]
-    real = read_images(shards, keys)
+    real = {key: _as_compared(data, resolution) for key, data in read_images(shards, keys).items()}
 
     def drawn(number: int) -> bytes:
         return storage.read_bytes(sample_uri(out, number))

@@ -34,8 +34,6 @@ from trainers.evaluation_options import (
 if TYPE_CHECKING:
     from trainers.fidelity.evaluation import Evaluation, Measure
 
-ARROWS = {"lower": "↓", "higher": "↑", None: ""}
-
 
 def evaluate(
     model: Annotated[
@@ -47,7 +45,7 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Shards of real images: a folder or s3:// prefix.")],
     split: Splits = None,
-    num_samples: NumSamples = 256,
+    num_samples: NumSamples = 300,
     images_per_prompt: ImagesPerPrompt = 2,
     extractor: Extractors = None,
     guidance_scale: GuidanceScale = None,
@@ -68,7 +66,7 @@ def evaluate(
 ) -> None:
     """Judge a model beside real images: fidelity, alignment, diversity, copies; with a page to look at.
 
-    medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 128 --guidance-scale 3.5
+    medsynth evaluate models:/msdm-demo/latest --data demo/shards --num-samples 300 --guidance-scale 3.5
     """
     check_asked(data, extractor)
     check_model(model, may_be_images=True)
@@ -76,6 +74,7 @@ def evaluate(
     from trainers.evaluate import evaluate as judge
     from trainers.evaluate import record_evaluation
     from trainers.fidelity.evaluation import REPORT
+    from trainers.fidelity.report import limits_of, missing_of, obedience
 
     place = out or f"evaluations/{name_for(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     request = request_of(
@@ -106,6 +105,8 @@ def evaluate(
             on_progress=on_progress,
         )
     console.print(table_of(evaluation))
+    for note in (obedience(evaluation), *limits_of(evaluation), *missing_of(evaluation)):
+        console.print(f"• {plain(note)}", soft_wrap=True)
     console.print(f"The page for people: {plain(storage.join(place, REPORT))}", soft_wrap=True)
     if not no_record:
         tracker = record_evaluation(evaluation, place)
@@ -119,12 +120,15 @@ def name_for(model: str) -> str:
 
 def table_of(evaluation: "Evaluation") -> Table:
     """The figures, with their intervals."""
+    from trainers.fidelity.figures import what_is_best
+
     drawn, real = len(evaluation.samples), evaluation.reference.num_images
     table = Table(title=f"{plain(evaluation.model.name)}: {drawn} images beside {real} real ones", title_justify="left")
     for column in ("measure", "", "value", "95 % interval"):
         table.add_column(column, justify="left" if column in ("measure", "") else "right")
     for name, measure in evaluation.measures.items():
-        table.add_row(plain(name), ARROWS[measure.better], f"{measure.value:.4g}", _interval(measure))
+        best = what_is_best(measure).removesuffix(" is best")
+        table.add_row(plain(name), best, f"{measure.value:.4g}", _interval(measure))
     return table
 
 

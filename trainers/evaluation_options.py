@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.terminal import ask
+from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
 
 if TYPE_CHECKING:  # help need not wait for what an evaluation imports
     from trainers.evaluate import Request
@@ -17,8 +18,18 @@ Splits = Annotated[
         help="Whose captions and images to compare with; may be given several times. Default: all but train.",
     ),
 ]
-NumSamples = Annotated[int, typer.Option(min=16, metavar="N", help="Images to draw.")]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, metavar="N", help="Diversity is measured among those.")]
+NumSamples = Annotated[
+    int,
+    typer.Option(
+        min=16,
+        max=NUM_IMAGES.high,
+        metavar="N",
+        help="Images to draw. Fewer than 250 seldom show that few are copies.",
+    ),
+]
+ImagesPerPrompt = Annotated[
+    int, typer.Option(min=1, max=NUM_IMAGES.high, metavar="N", help="Diversity is measured among those.")
+]
 Extractors = Annotated[
     list[str] | None,
     typer.Option(
@@ -28,15 +39,33 @@ Extractors = Annotated[
         "Default: random-vgg, which needs no weights.",
     ),
 ]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, metavar="N", help="Default: the model's own.")]
-TrueCFGScale = Annotated[float | None, typer.Option(min=1, metavar="N", help="FLUX. Default: the model's own.")]
-NumInferenceSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the model's own.")]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(min=GUIDANCE_SCALE.low, max=GUIDANCE_SCALE.high, metavar="N", help="Default: the model's own."),
+]
+TrueCFGScale = Annotated[
+    float | None,
+    typer.Option(min=TRUE_CFG_SCALE.low, max=TRUE_CFG_SCALE.high, metavar="N", help="FLUX. Default: the model's own."),
+]
+NumInferenceSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=NUM_INFERENCE_STEPS.low, max=NUM_INFERENCE_STEPS.high, metavar="N", help="Default: the model's own."
+    ),
+]
 Sampler = Annotated[
     str | None, typer.Option(help="MSDM: ddpm, ddim or dpm-solver++. FLUX: euler. Default: the model's own.")
 ]
 Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
-Seed = Annotated[int, typer.Option(min=0, metavar="N", help="The same seed draws the same images of the same prompts.")]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at a time.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=SEED.low, max=SEED.high, metavar="N", help="The same seed draws the same images of the same prompts."
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=BATCH_SIZE.low, max=BATCH_SIZE.high, metavar="N", help="Images drawn at a time.")
+]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Ray actors that draw and look; 1 needs no Ray.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Compile = Annotated[

@@ -17,10 +17,11 @@ from cluster import storage
 from cluster.documents import parsing, read_json, read_yaml
 from cluster.errors import UserError
 from cluster.progress import OnProgress
-from cluster.weights import local_weights
+from cluster.weights import folder_digest, local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
-from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model
+from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED, TRAIN_TIMESTEPS, check_prompt, check_settings
+from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model, pinned
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
@@ -33,6 +34,8 @@ PIPELINE_FILES = ("model_index.json", "*/*")
 FLUX_DEV_SAMPLING = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "num_inference_steps": 28}
 FLUX_SAMPLERS = ("euler",)  # of its flow, as diffusers' FluxPipeline integrates it
 FLUX_DEV_RESOLUTION, FLUX_DEV_MAX_TOKENS = 1024, 512
+SOFTWARE = "medsynth"  # what a picture says that drew it
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 T = TypeVar("T")
 
 
@@ -47,16 +50,19 @@ class Drawing:
     """That the setting `sampler` may name."""
     precisions: tuple[str, ...] = ()
     """That the setting `precision` may name, its default first; none where it is not the user's to choose."""
+    most_steps: int = TRAIN_TIMESTEPS
+    """Timesteps that it was trained with: more steps than that there are not."""
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults, with `settings` in their place; the default precision is not named.
 
-        Raises UserError for a setting that the model does not know, or a sampler that it is not drawn with.
+        Raises UserError for a setting that the model does not know, a number out of bounds, or a sampler that it is not
+        drawn with.
         """
         known = [*self.defaults, *(["precision"] if self.precisions else [])]
         if unknown := sorted(settings.keys() - known):
             raise UserError(f"this model is not drawn with {', '.join(unknown)}: it knows {', '.join(known)}")
-        arguments = {**self.defaults, **settings}
+        arguments = check_settings({**self.defaults, **settings}, most_steps=self.most_steps)
         if arguments["sampler"] not in self.samplers:
             raise UserError(
                 f"this model has no sampler '{arguments['sampler']}': choose one of {', '.join(self.samplers)}"
@@ -80,6 +86,16 @@ class Model:
     """How many pictures at a time its denoiser is compiled for, if it is: fewer are drawn among copies of the last,
     which takes a batch's time, where another shape would take a compilation's."""
 
+    def compiled(self, batch_size: int) -> "Model":
+        """The same with its denoiser compiled. Raises UserError if nothing can be compiled."""
+        compile_blocks(self.denoiser)
+        return replace(self, compiled_for=batch_size)
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        denoiser: torch.nn.Module = self.pipeline.transformer if self.drawing.family == "flux" else self.pipeline.unet
+        return denoiser
+
     def draw(
         self,
         prompts: Sequence[str],
@@ -91,7 +107,7 @@ class Model:
     ) -> list[Image.Image]:
         """A picture of each prompt, all at a time. The picture of number i depends on its prompt, `seed` and i.
 
-        `on_step` is called after each sampling step.
+        `on_step` is called after each sampling step; what it raises ends the drawing.
         """
         arguments = self.drawing.arguments(settings)
         if self.drawing.family == "flux":
@@ -128,10 +144,7 @@ def load_model(model_uri: str, device: str | None = None, *, compile_for: int | 
     """
     with open_model(model_uri) as source:
         model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
-    if compile_for is None:
-        return model
-    compile_blocks(model.pipeline.transformer if model.drawing.family == "flux" else model.pipeline.unet)
-    return replace(model, compiled_for=compile_for)
+    return model if compile_for is None else model.compiled(compile_for)
 
 
 def load_pipeline(
@@ -199,6 +212,7 @@ def generate(
     device: str | None,
     settings: Mapping[str, Any],
     compile: bool = False,
+    overwrite: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[Path]:
     """Draw `num_images` pictures of `prompt` and write them as out/0000.png, out/0001.png, ...
@@ -207,16 +221,43 @@ def generate(
     negative_prompt, guidance_scale, true_cfg_scale, num_inference_steps, sampler and precision, as far as they are not
     the model's own. Compiling takes a minute or more, and pays where many are drawn.
 
-    Raises UserError if nothing can be written to `out`, or the model does not know a setting.
+    Pictures that the same command wrote to `out` before are not drawn again. `overwrite` removes those that `generate`
+    wrote there for another one.
+
+    Raises UserError if nothing can be written to `out`, it holds pictures of another command, a number is out of
+    bounds, the prompt is no text, or the model does not know a setting.
     """
+    check_prompt(prompt)
+    for bounds, name, value in (
+        (SEED, "seed", seed),
+        (NUM_IMAGES, "num_images", num_images),
+        (BATCH_SIZE, "batch_size", batch_size),
+    ):
+        bounds.check(name, value)
+    check_settings(settings)  # before the model is opened, which takes long
     storage.check_writable(str(out))
-    model = load_model(model_uri, device, compile_for=min(batch_size, num_images) if compile else None)
-    arguments = model.drawing.arguments(settings)
-    about = about_pictures(model_uri, prompt, seed, arguments)
+    with open_model(pinned(model_uri)) as source:
+        drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
+        arguments = drawing.arguments(settings)
+        about = about_pictures(model_uri, prompt, seed, arguments)
+        about["model_digest"] = folder_digest(source.folder)
+        if overwrite:
+            for path in pictures_in(out):
+                if _text_of(path).get("Software") == SOFTWARE:
+                    path.unlink()
+        else:
+            check_pictures(out, about)
+        paths = [out / picture_name(number) for number in range(num_images)]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        if not missing:
+            return paths
+        model = load_pipeline(source.folder, device, name=model_uri, sampling=source.sampling)
     for what, text in (("prompt", prompt), ("negative prompt", str(settings.get("negative_prompt", "")))):
         if unread := model.unread(text):
             logger.warning("the %s is too long for the model, which does not read the words: %s", what, unread)
-    steps_done, steps = 0, -(-num_images // batch_size) * arguments["num_inference_steps"]
+    if compile:
+        model = model.compiled(min(batch_size, len(missing)))
+    steps_done, steps = 0, -(-len(missing) // batch_size) * arguments["num_inference_steps"]
 
     def note_step() -> None:
         nonlocal steps_done
@@ -224,20 +265,55 @@ def generate(
         on_progress("drawing, in sampling steps", steps_done, steps)
 
     on_progress("drawing, in sampling steps", 0, steps)
-    written: list[Path] = []
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        drawn = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings, on_step=note_step)
-        for number, image in zip(numbers, drawn, strict=True):
-            written.append(out / f"{number:04d}.png")
-            written[-1].write_bytes(png(image, about | {"number": str(number)}))
-    return written
+    for start in range(0, len(missing), batch_size):
+        numbers = missing[start : start + batch_size]
+        images = model.draw([prompt] * len(numbers), numbers, seed=seed, settings=settings, on_step=note_step)
+        for number, image in zip(numbers, images, strict=True):
+            storage.write_bytes(str(paths[number]), png(image, about | {"number": str(number)}))
+    return paths
+
+
+def picture_name(number: int) -> str:
+    return f"{number:04d}.png"
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files that look like pictures, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+
+
+def check_pictures(folder: Path, about: Mapping[str, str]) -> None:
+    """Raise UserError if a folder holds a picture that is not one of a series: `about` with the number of its name."""
+    for path in pictures_in(folder):
+        told = _text_of(path)
+        number = told.get("number", "")
+        if told != {**about, "number": number} or not number.isdecimal() or path.name != picture_name(int(number)):
+            differs = [name for name in told.keys() | about if name != "number" and told.get(name) != about.get(name)]
+            of = (
+                f"made with another {', '.join(sorted(differs) or ['name'])}"
+                if "Software" in told
+                else "of another origin"
+            )
+            raise UserError(
+                f"{folder} holds pictures {of}, such as {path.name}: choose another --out, or give --overwrite to "
+                "replace those that medsynth drew"
+            )
+
+
+def _text_of(path: Path) -> dict[str, str]:
+    """The text fields of a picture's file; none of one that cannot be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+    except (OSError, ValueError, SyntaxError):
+        return {}
 
 
 def about_pictures(model_uri: str, prompt: str, seed: int, arguments: Mapping[str, Any]) -> dict[str, str]:
     """What a picture says of itself in its text fields."""
     return {
-        "Software": "medsynth",
+        "Software": SOFTWARE,
         "Description": "Synthetic image, made by a generative model",
         "model": model_uri,
         "prompt": prompt,
@@ -271,7 +347,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
     unet, vae = (read_json(str(folder / component / "config.json")) for component in ("unet", "vae"))
-    scheduler = read_json(str(folder / "scheduler" / "scheduler_config.json"))["_class_name"]
+    noise = read_json(str(folder / "scheduler" / "scheduler_config.json"))
+    scheduler = noise["_class_name"]
     sampler = sampler_named(scheduler)
     if sampler is None:
         raise UserError(f"the model's sampler is {scheduler}; known are {', '.join(SAMPLERS)}")
@@ -282,7 +359,8 @@ def _msdm_drawing(folder: Path, index: Mapping[str, Any]) -> Drawing:
         "sampler": sampler,
     }
     resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS), PRECISIONS)
+    most_steps = noise.get("num_train_timesteps", TRAIN_TIMESTEPS)
+    return Drawing("msdm", resolution, defaults, tuple(SAMPLERS), PRECISIONS, most_steps)
 
 
 def _flux_drawing(recipe: Mapping[str, Any] | None) -> Drawing:

@@ -493,6 +493,12 @@ def _hopeless(error: object) -> UserError | None:
     return original if isinstance(original, UserError) and not storage.is_outage(original) else None
 
 
+def _captions(recipe: Recipe, stage: str, count: int) -> Sequence[str]:
+    """What stands below each picture of a preview: its prompt, or what an autoencoder's is."""
+    prompts: Sequence[str] = recipe.sampling.prompts
+    return prompts if stage == family_of(recipe).STAGES[-1] else ["above: real; below: the same, redrawn"] * count
+
+
 def _train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     recipe, run, tracker = config["recipe"], config["run"], config["tracker"]
@@ -509,7 +515,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         reported = step
         if pixels is not None and len(pixels):
             png = io.BytesIO()
-            grid(pixels).save(png, "PNG")
+            grid(pixels, captions=_captions(recipe, config["stage"], len(pixels))).save(png, "PNG")
             storage.write_bytes(run.picture(config["stage"], step), png.getvalue())
         exporter.report(step, metrics)
         if rank == 0:
@@ -713,7 +719,10 @@ def register_run(recipe: Recipe, manifest: Manifest, run: RunFolder, tracker: Tr
     # The files of a registered version never change.
     is_first = all(one.steps == steps for one in known)
     folder = MODEL_FOLDER if is_first else f"{MODEL_FOLDER}-{steps}-steps"
-    version = register_model(recipe, manifest, model, tracker, name=name, artifact_folder=folder)
+    pictures = storage.join(run.uri, "pictures")
+    previews = sorted(file for file in storage.list_files(pictures) if file.startswith(f"{family.STAGES[-1]}-"))
+    preview = storage.join(pictures, previews[-1]) if previews else None
+    version = register_model(recipe, manifest, model, tracker, name=name, artifact_folder=folder, preview=preview)
     model_uri = f"models:/{name}/{version}"
     run.note_registration(Registration(name, steps, model_uri))
     return model_uri

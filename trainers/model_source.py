@@ -13,6 +13,7 @@ from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 from cluster.model_uri import parse_model_uri
 from trainers.checkpoint_folders import CHECKPOINT, complete_checkpoints
+from trainers.drawing_settings import check_settings
 from trainers.families import family_of
 from trainers.recipe import load_recipe
 from trainers.run_folder import RunFolder, finished_model
@@ -118,7 +119,10 @@ def sampling_of(tags: Mapping[str, str], uri: str) -> dict[str, Any]:
                 settings[name] = kind(tags[tag])
             except ValueError:
                 raise UserError(f"{uri}: its tag {tag} is {tags[tag]!r}: make it a number, or remove it") from None
-    return settings
+    try:
+        return check_settings(settings)
+    except UserError as error:
+        raise UserError(f"{uri}: its tag {SAMPLING_TAG}{error}; mend or remove it") from None
 
 
 def sampling_tags(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -45,7 +45,7 @@ def promote(
     ] = None,
     gates: Annotated[str | None, typer.Option(help="YAML of what differs from recipes/gates/default.yaml.")] = None,
     split: Splits = None,
-    num_samples: NumSamples = 256,
+    num_samples: NumSamples = 300,
     images_per_prompt: ImagesPerPrompt = 2,
     extractor: Extractors = None,
     guidance_scale: GuidanceScale = None,
@@ -68,7 +68,7 @@ def promote(
 ) -> None:
     """Make a model the champion of its name, if it passes the gates; exit with 3 if it does not.
 
-    medsynth promote models:/msdm-demo/latest --data demo/shards --num-samples 128
+    medsynth promote models:/msdm-demo/latest --data demo/shards --num-samples 300
     """
     if dry_run and (rollback or unlock):
         other = "--rollback" if rollback else "--unlock"

@@ -3,12 +3,15 @@
 MODEL/model_index.json, unet/, ...   the pipeline, as diffusers opens it
 MODEL/recipe.yaml                    the experiment
 MODEL/README.md                      the model card
+MODEL/preview.png                    pictures of the recipe's prompts, drawn in training
 MODEL/MLmodel                        the description that MLflow serves by: `mlflow models serve -m models:/NAME/1`
 MODEL/serving.py, code/              trainers/serving.py and all that it imports of this project
 MODEL/requirements.txt               the packages it ran with
 """
 
+import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -17,9 +20,11 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
+from cluster import storage
 from cluster.registry import CODE_FOLDER, MODEL_FOLDER, describe_pyfunc, register
 from cluster.tracking import Tracker
 from data_shards import Manifest
+from trainers.generate import ADAPTERS, INDEX
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe
 from trainers.run_folder import finished_model
 from trainers.serving import SIGNATURE
@@ -31,6 +36,11 @@ REQUIREMENTS = (
 )
 
 
+FIGURES = re.compile(r"fidelity/.+|[^/]+/(validation_)?loss")
+"""Metrics of a run that say how good a model is; others, as mfu and grad_norm, say how its training went."""
+PREVIEW = "preview.png"
+
+
 def register_model(
     recipe: Recipe,
     manifest: Manifest,
@@ -39,11 +49,13 @@ def register_model(
     *,
     name: str,
     artifact_folder: str = MODEL_FOLDER,
+    preview: str | None = None,
 ) -> int:
     """Make the finished pipeline at `model` (a folder or s3:// prefix) the next version of the registered model `name`.
 
     Its files are the run's artifacts in `artifact_folder`. Weights go there from `model` as they are: only what lies
-    beside them is written first, to a folder of its own.
+    beside them is written first, to a folder of its own. `preview` is a PNG file of pictures that it drew of its
+    recipe's prompts, for its card.
     """
     run = tracker.client.get_run(tracker.run_id)
     commit = run.data.tags.get("git_commit", "unknown")
@@ -59,7 +71,11 @@ def register_model(
             commit=commit,
             licences=licences,
             metrics=run.data.metrics,
+            has_preview=preview is not None,
+            is_adapter=not (pipeline / INDEX).is_file(),
         )
+        if preview is not None:
+            (beside / PREVIEW).write_bytes(storage.read_bytes(preview))
         (beside / "README.md").write_text(card)
         (beside / "recipe.yaml").write_text(dump_recipe(recipe))
         write_serving(beside, tracker, artifact_folder)
@@ -94,6 +110,8 @@ def model_card(
     commit: str,
     licences: list[str],
     metrics: Mapping[str, float],
+    has_preview: bool = False,
+    is_adapter: bool = False,
 ) -> str:
     """README.md of a version, in the form of Mitchell et al. (2019), "Model Cards for Model Reporting".
 
@@ -105,7 +123,7 @@ def model_card(
     base = recipe.text_encoder.pretrained if isinstance(recipe, MSDMRecipe) else recipe.pretrained
     begun_with = "text encoder" if isinstance(recipe, MSDMRecipe) else "whole pipeline"
     of_weights = f"see {', '.join(licences)} beside this file" if licences else f"those of `{base}`"
-    figures = [f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items()) if not key.startswith("system/")]
+    figures = [f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items()) if FIGURES.fullmatch(key)]
     front = yaml.safe_dump({"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["medical"]})
     return f"""---
 {front}---
@@ -113,7 +131,7 @@ def model_card(
 
 A {recipe.family.upper()} text-to-image model of {manifest.name} images at {recipe.data.resolution} × \
 {recipe.data.resolution} pixels. Every picture it draws is synthetic.
-
+{_pictures(recipe) if has_preview else ""}
 ## Intended use
 Research on synthetic medical images: augmentation, teaching, study of generative models. Not for diagnosis, nor for any
 decision about a patient, and not as evidence of what a finding looks like.
@@ -152,10 +170,51 @@ medsynth compare models:/{name}/VERSION models:/{name}/OTHER_VERSION
 ```
 medsynth generate --model models:/{name}/VERSION --prompt "..." --out pictures
 mlflow models serve -m models:/{name}/VERSION --env-manager local
-curl localhost:5000/invocations -H 'Content-Type: application/json' \\
+curl 127.0.0.1:5000/invocations -H 'Content-Type: application/json' \\
   -d '{{"dataframe_records": [{{"prompt": "...", "seed": 0}}]}}'      # PNG in base64
 ```
+In Python, from a folder:
+```
+mlflow artifacts download -u models:/{name}/VERSION -d model
+```
+```python
+{_python(recipe, is_adapter=is_adapter)}
+```
 """
+
+
+def _pictures(recipe: Recipe) -> str:
+    prompts = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(recipe.sampling.prompts, start=1))
+    return f"""
+![Pictures of the prompts below, in their order]({PREVIEW})
+
+Drawn at the end of training, all synthetic, row by row:
+
+{prompts}
+"""
+
+
+def _python(recipe: Recipe, *, is_adapter: bool) -> str:
+    """Code that opens the model in the folder `model` and draws a picture, without medsynth being installed."""
+    prompt = json.dumps(recipe.sampling.prompts[0], ensure_ascii=False)  # a text of Python too
+    draw = f'pipeline({prompt}).images[0].save("picture.png")'
+    if isinstance(recipe, MSDMRecipe):
+        return f"""import sys
+from diffusers import DiffusionPipeline
+
+sys.path.insert(0, "model/{CODE_FOLDER}")  # its class, of medsynth: look at it before you trust it
+pipeline = DiffusionPipeline.from_pretrained("model", custom_pipeline="model", trust_remote_code=True)
+{draw}"""
+    if is_adapter:
+        return f"""from diffusers import FluxPipeline
+
+pipeline = FluxPipeline.from_pretrained("{recipe.pretrained}")
+pipeline.load_lora_weights("model", weight_name="{ADAPTERS}")
+{draw}"""
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("model")
+{draw}"""
 
 
 def _table(rows: list[str]) -> str:

@@ -164,8 +164,10 @@ def test_mistakes_are_told_before_anything_is_drawn(sweep: Sweep, model: str, tm
     for changes, said in (
         ({"samplers": ["ddim", "euler"]}, "has no sampler 'euler': choose one of ddpm, ddim, dpm-solver"),
         ({"true_cfg_scales": [2]}, "is not drawn with true_cfg_scale: it knows negative_prompt"),
-        ({"guidance_scales": [-1]}, "guidance_scale must be at least 0, not -1"),
-        ({"num_inference_steps": [0]}, "num_inference_steps must be at least 1, not 0"),
+        ({"guidance_scales": [1.0, float("inf")]}, "guidance_scale must be a number from 0 to 100, not inf"),
+        ({"num_inference_steps": [1001]}, "num_inference_steps must be a whole number from 1 to 1000, not 1001"),
+        ({"guidance_scales": [-1]}, "guidance_scale must be a number from 0 to 100, not -1"),
+        ({"num_inference_steps": [0]}, "num_inference_steps must be a whole number from 1 to 1000, not 0"),
         ({"fidelity": "kdi"}, "there is no fidelity 'kdi' to sweep by: choose one of fid, kid"),
         ({"num_samples": 8}, "32 real images in validation and 8 samples: figures need at least 16 of each"),
     ):
@@ -191,7 +193,7 @@ def test_axes_make_a_grid() -> None:
     flux = Drawing("flux", 64, {**msdm.defaults, "true_cfg_scale": 1.0, "sampler": "euler"}, ("euler",))
     both = settings_of(flux, {"guidance_scale": [2.5, 3.5], "true_cfg_scale": [1.0, 4.0]})
     assert list(both) == [f"guidance-{g}_cfg-{c}_steps-30_euler" for g in (2.5, 3.5) for c in (1, 4)]
-    with pytest.raises(UserError, match="true_cfg_scale must be at least 1, not 0"):
+    with pytest.raises(UserError, match="true_cfg_scale must be a number from 1 to 100, not 0"):
         settings_of(flux, {"true_cfg_scale": [0]})
 
 

@@ -1,9 +1,11 @@
 """The pictures of a sweep: for what is finished, stopped, failed, conditional or alone."""
 
+import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +75,45 @@ def test_every_picture_is_there(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=", page)
     assert page.count("plotly.js v") == 1
+
+
+def figures_of(page: Path) -> dict[str, Any]:
+    """Plotly's figures in the page, by heading: (traces, layout)."""
+    text, found, decoder = page.read_text(), {}, json.JSONDecoder()
+    for call in re.finditer(r'Plotly\.newPlot\(\s*"([\w-]+)",\s*', text):
+        traces, end = decoder.raw_decode(text, call.end())
+        layout, _ = decoder.raw_decode(text, text.index("{", end))
+        found[call[1]] = traces, layout
+    return found
+
+
+def test_the_page_can_be_read(tmp_path: Path) -> None:
+    """The worst trial's line is no paper, trials are whole, and keys have names that fit."""
+    figures = figures_of(write_sweep_report(trials_of(3), SPEC, tmp_path)[-1])
+    assert len(figures) == 6
+    traces, layout = figures["Parallel-coordinates"]
+    colours = [trace["line"]["color"] for trace in traces if trace["mode"] == "lines"]
+    assert len(colours) == 3
+    assert all(int(colour.removeprefix("rgb(").partition(",")[0]) < 160 for colour in colours), "none is paper"
+    labels = ["block_out_channels", "min_snr_gamma", "prediction_type", "learning_rate"]
+    assert layout["xaxis"]["ticktext"][1:] == labels
+    _, layout = figures["Optimisation-history"]
+    assert (layout["xaxis"]["range"], layout["xaxis"]["dtick"]) == ([-0.5, 3.5 - 1], 1)
+    _, layout = figures["Pareto-front"]
+    assert layout["xaxis"]["tickvals"] == [900]
+    for traces, _ in figures.values():
+        for trace in traces:
+            bar = trace.get("marker", {}).get("colorbar")
+            assert not bar or "Trial" not in bar["title"]["text"] or bar["dtick"] == 1
+
+
+def test_one_importance_is_no_chart(tmp_path: Path) -> None:
+    space = {key: SPEC.space[key] for key in ["denoiser.training.learning_rate"]}
+    rate = "denoiser.training.learning_rate"
+    trials = [replace(trial, params={rate: trial.params[rate]}) for trial in trials_of(6)]
+    written = write_sweep_report(trials, SPEC.model_copy(update={"space": space}), tmp_path)
+    assert "importances.png" not in [path.name for path in written]
+    assert "Importances" not in written[-1].read_text().replace("plot_param_importances", "")
 
 
 def test_the_study_knows_what_became_of_each_trial() -> None:

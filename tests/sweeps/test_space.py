@@ -219,3 +219,20 @@ def test_a_large_space_is_checked_at_some_of_its_corners(sweep_document: dict[st
     corners = space.corners(spec)  # of 8 to the 7th
     assert 32 < len(corners) <= space.MAX_CORNERS
     assert corners == space.corners(spec)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "short"),
+    [
+        ({}, ""),
+        ({"denoiser.training.steps": 9}, ""),
+        ({"denoiser.training.steps": 3}, "denoiser 3 of 6 steps"),
+        ({"denoiser.training.steps": 3, "vae.training.steps": 2}, "vae 2 of 6 steps, denoiser 3 of 6 steps"),
+    ],
+)
+def test_a_trial_is_short_of_what_the_recipes_file_asks_for(
+    sweep_document: dict[str, Any], fixed: dict[str, int], short: str
+) -> None:
+    pace = {f"denoiser.training.{what}_every_steps": 1 for what in ("validate", "preview", "checkpoint")}
+    spec = SweepSpec.model_validate(sweep_document | {"fixed": pace | fixed})
+    assert space.shortfall(space.recipe_of(spec, {}), space.full_steps(spec)) == short

@@ -20,6 +20,7 @@ from cluster.tracking import Tracker
 from sweeps.journal import Journal
 from sweeps.spec import Trial, load_spec
 from sweeps.tune import ENDED, run_sweep
+from tests.sweeps.conftest import in_full
 from trainers.launch import Progress
 from trainers.recipe import load_recipe
 
@@ -73,10 +74,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], lo
 @pytest.fixture
 def spec_file(sweep_document: dict[str, Any], tmp_path: Path) -> Path:
     """Three rates: a good one, one that diverges at once, and one too small to learn."""
+    in_full(sweep_document, vae=2, denoiser=8)
     sweep_document |= {
         "fixed": {
-            "vae.training.steps": 2,
-            "denoiser.training.steps": 8,
             "denoiser.training.validate_every_steps": 2,
             "denoiser.training.preview_every_steps": 8,
             "denoiser.training.learning_rate_schedule": "constant",

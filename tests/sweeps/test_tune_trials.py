@@ -16,6 +16,7 @@ from sweeps.guidance_document import GuidanceSweep
 from sweeps.journal import Journal
 from sweeps.spec import SweepSpec
 from sweeps.tune import run_sweep
+from tests.sweeps.conftest import in_full
 from tests.sweeps.test_tune import RATE, Watcher
 from tests.trainers.test_launch import assert_equal, begin_with_vae
 from tests.trainers.test_loop import CPU, Reports
@@ -50,11 +51,9 @@ def test_a_population_goes_on_from_checkpoints(
     sweep_document: dict[str, Any], tracking_uri: str, tmp_path: Path
 ) -> None:
     spec = SweepSpec.model_validate(
-        sweep_document
+        in_full(sweep_document, vae=2, denoiser=4)
         | {
             "fixed": {
-                "vae.training.steps": 2,
-                "denoiser.training.steps": 4,
                 "denoiser.training.validate_every_steps": 2,
                 "denoiser.training.learning_rate_schedule": "constant",
             },
@@ -103,9 +102,9 @@ def test_every_trial_is_judged_at_its_own_best_guidance(
     grid = {"guidance_scales": [1, 4], "num_inference_steps": [1], "num_samples": 16, "extractors": [extractor]}
     metric = "guidance/kid_transformers_tiny_vit"
     spec = SweepSpec.model_validate(
-        sweep_document
+        in_full(sweep_document, vae=2, denoiser=2)
         | {
-            "fixed": {"data.shards": real_shards, "vae.training.steps": 2, "denoiser.training.steps": 2},
+            "fixed": {"data.shards": real_shards},
             "space": {RATE: {"grid": [1e-3]}},
             "search": "grid",
             "objective": {"metric": metric},

@@ -84,7 +84,7 @@ def test_markdown_to_the_letter() -> None:
 | **Cost** |  |  |
 | Parameters | 123,456,789 | 11,901,408,320 |
 | GPU-hours ↓ | **12.5** | 412.0 |
-| Energy, kWh ↓ | 9.10 | – |
+| Energy, kWh ↓ | 9.10 | –<sup>a</sup> |
 | Seconds an image ↓ | **0.420** | 3.500 |
 | Cost at 2.5 a GPU-hour ↓ | **31.2** | 1,030.0 |
 | **Drawn with** |  |  |
@@ -96,6 +96,8 @@ def test_markdown_to_the_letter() -> None:
 | true\_cfg\_scale | – | 2.0 |
 
 Bold: the best of a row. Italic: its 95 % interval overlaps that of the best.
+
+<sup>a</sup> Not known: no GPU told its power while it trained.
 """
     )
 
@@ -122,7 +124,7 @@ def test_latex_to_the_letter() -> None:
     \multicolumn{4}{l}{\emph{Cost}} \\
     Parameters & 123,456,789 & 11,901,408,320 & 11,901,408,320 \\
     GPU-hours $\downarrow$ & \textbf{12.5} & 412.0 & 412.0 \\
-    Energy, kWh $\downarrow$ & 9.10 & -- & -- \\
+    Energy, kWh $\downarrow$ & 9.10 & --\textsuperscript{b} & --\textsuperscript{b} \\
     Seconds an image $\downarrow$ & \textbf{0.420} & 3.500 & 3.500 \\
     \midrule
     \multicolumn{4}{l}{\emph{Drawn with}} \\
@@ -135,7 +137,8 @@ def test_latex_to_the_letter() -> None:
     \bottomrule
   \end{tabular}
   \caption{Bold: the best of a row. Italic: its 95 \% interval overlaps that of the best. """
-        r"""\textsuperscript{a}\,Not comparable with msdm: other real images.}
+        r"""\textsuperscript{a}\,Not comparable with msdm: other real images. """
+        r"""\textsuperscript{b}\,Not known: no GPU told its power while it trained.}
 \end{table}
 """
     )
@@ -177,7 +180,7 @@ def test_what_cannot_be_compared_is_marked_and_never_best(changes: dict[str, Any
     odd = evaluation("odd", **(others | changes))
     table = compare([odd, evaluation("a", **usual), evaluation("b", **usual)], price_per_gpu_hour=None)
     assert marks(table, "FID") == ["not comparable", "best", "best"]
-    assert table.notes == (f"Not comparable with a: other {reason}.",)
+    assert table.notes[0] == f"Not comparable with a: other {reason}."
     assert rows(table)["FID"].cells[0].note == "a"
 
 
@@ -189,11 +192,21 @@ def test_two_runs_that_cannot_be_compared_have_no_best() -> None:
 
 
 def test_hours_and_money_of_other_devices_are_not_compared_but_energy_is() -> None:
-    cpu = {"gpu_hours": 3.0, "device": "CPU", "energy_kwh": 0.2}
-    table = compare([evaluation("a"), evaluation("b", training=cpu)], price_per_gpu_hour=1)
+    a100 = {"gpu_hours": 3.0, "device": "A100", "energy_kwh": 0.2}
+    table = compare([evaluation("a"), evaluation("b", training=a100)], price_per_gpu_hour=1)
     assert marks(table, "GPU-hours") == marks(table, "Cost at 1 a GPU-hour") == [None, "not comparable"]
     assert marks(table, "Energy, kWh") == [None, "best"]
     assert table.notes == ("Not comparable with a: other device.",)
+
+
+def test_hours_are_those_of_the_devices_that_it_was_trained_on() -> None:
+    cpu = {"gpu_hours": 3.0, "device": "CPU process"}
+    mixed = compare([evaluation("a"), evaluation("b", training=cpu)], price_per_gpu_hour=1)
+    assert marks(mixed, "Device-hours") == [None, "not comparable"]
+    assert rows(mixed)["Cost at 1 a GPU-hour"].cells[1].text == "–", "a CPU costs no GPU's price"
+    both = compare([evaluation("a", training=cpu), evaluation("b", training=cpu)], price_per_gpu_hour=None)
+    assert "CPU-hours" in rows(both)
+    assert "GPU-hours" not in to_markdown(both)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +262,18 @@ def test_missing_figures_are_dashes() -> None:
         assert rows(table)[label].cells[1].text == "–", label
         assert rows(table)[label].cells[0].text != "–", label
         assert marks(table, label) == [None, None], label
+        assert rows(table)[label].cells[1].note, f"{label} has its reason"
+    assert "Not known: its training run is not known here." in table.notes
     assert rows(table)["guidance_scale"].cells[1].text == "–"
+
+
+def test_a_figure_that_could_not_be_taken_has_the_reason_of_its_evaluation() -> None:
+    less = {name: found for name, found in made_evaluation().measures.items() if name != "fid"}
+    table = compare(
+        [evaluation("a"), evaluation("b", measures=less, missing={"fid": "the moon"})], price_per_gpu_hour=None
+    )
+    assert rows(table)["FID"].cells[1].text == "–"
+    assert "Not known: the moon." in table.notes
 
 
 def test_figures_of_other_features_are_other_rows() -> None:
@@ -287,7 +311,7 @@ def test_the_plot_is_a_picture_with_the_runs_in_it() -> None:
     assert picture.size == (1440, 920)
     inked = np.asarray(picture.convert("L")) < 200
     assert 0.005 < inked.mean() < 0.2
-    assert png == quality_cost_plot(runs, price_per_gpu_hour=None, measure="fid", against="gpu-hours")
+    assert png == quality_cost_plot(runs, price_per_gpu_hour=None, measure="fid", against="hours")
     assert png != quality_cost_plot(runs, price_per_gpu_hour=None, measure="clip_score", against="seconds")
 
 
@@ -303,7 +327,7 @@ def test_what_cannot_be_plotted_is_explained() -> None:
     with pytest.raises(UserError, match="no measure 'fod' to plot: did you mean 'fid'"):
         quality_cost_plot(runs, price_per_gpu_hour=None, measure="fod")
     with pytest.raises(
-        UserError, match=r"no cost 'cost' to plot: .*there are gpu-hours, energy, seconds; cost needs a price"
+        UserError, match=r"no cost 'cost' to plot: .*there are hours, energy, seconds; cost needs a price"
     ):
         quality_cost_plot(runs, price_per_gpu_hour=None, against="cost")
     with pytest.raises(UserError, match="nothing to plot of fid and energy: fewer than two runs"):

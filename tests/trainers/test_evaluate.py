@@ -1,6 +1,9 @@
 """Evaluations, whole: a model and folders of images beside real ones, cut off, and on several processes."""
 
+import base64
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,7 +97,7 @@ def real_images(shards: str, split: str, out: Path) -> list[str]:
     return keys
 
 
-def test_a_model_is_judged(judge: Judge, model: str, real_shards: str, request_: Request) -> None:
+def test_a_model_is_judged(judge: Judge, model: str, real_shards: str, request_: Request, tmp_path: Path) -> None:
     found = judge(model)
     assert found == Evaluation.load("evaluation")
     assert found.model.family == "msdm"
@@ -127,7 +130,12 @@ def test_a_model_is_judged(judge: Judge, model: str, real_shards: str, request_:
     scores = safetensors.numpy.load_file("evaluation/scores.safetensors")["caption_alignment_transformers_tiny_vit"]
     assert np.nanmean(scores) == pytest.approx(found.measures["caption_alignment_transformers_tiny_vit"].value)
     page = Path("evaluation/report.html").read_text()
-    assert page.count("data:image/") > 20
+    shown = re.findall(r'src="data:image/\w+;base64,([^"]*)" alt="(\w+)', page)
+    assert len(shown) > 20
+    sizes = {(kind, *Image.open(io.BytesIO(base64.b64decode(data))).size) for data, kind in shown}
+    side = found.generation.resolution
+    assert sizes == {(kind, side, side) for kind in ("Generated", "Real", "Training")}, "cropped as they were compared"
+    assert str(tmp_path) not in page
 
 
 def test_the_first_images_do_not_depend_on_how_many_there_are(judge: Judge, model: str) -> None:

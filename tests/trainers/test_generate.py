@@ -1,9 +1,12 @@
 """From a saved model to PNG files."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cluster.errors import UserError
@@ -18,7 +21,14 @@ def model(pipeline: MSDMPipeline, tmp_path: Path) -> str:
 
 
 def draw(
-    model: str, out: Path, *, num_images: int = 3, batch_size: int = 2, seed: int = 0, **settings: str | int
+    model: str,
+    out: Path,
+    *,
+    num_images: int = 3,
+    batch_size: int = 2,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
 ) -> list[Path]:
     return generate(
         model,
@@ -29,6 +39,7 @@ def draw(
         seed=seed,
         settings={"guidance_scale": 3.5, "num_inference_steps": 2} | settings,
         device="cpu",
+        overwrite=overwrite,
     )
 
 
@@ -57,7 +68,7 @@ def test_a_picture_says_what_made_it(model: str, tmp_path: Path) -> None:
 
 
 def test_a_sampler_is_chosen_and_recorded(model: str, tmp_path: Path) -> None:
-    steps = {"num_inference_steps": 4}  # in two, DPM-Solver++ takes the very steps of DDIM
+    steps: dict[str, Any] = {"num_inference_steps": 4}  # in two, DPM-Solver++ takes the very steps of DDIM
     (path,) = draw(model, tmp_path / "own", num_images=1, **steps)
     own = Image.open(path)
     same, other = (
@@ -82,6 +93,94 @@ def test_a_precision_is_chosen_and_recorded_unless_it_is_the_default(model: str,
     with pytest.raises(UserError, match="has no precision 'fp8': choose one of fp32, bf16"):
         draw(model, tmp_path / "wrong", precision="fp8")
     assert not list((tmp_path / "wrong").glob("*.png"))
+
+
+def test_the_same_command_goes_on_where_it_was_cut_off(model: str, tmp_path: Path) -> None:
+    paths = draw(model, tmp_path / "out")
+    whole = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    os.utime(paths[0], (1, 1))
+    assert [path.read_bytes() for path in draw(model, tmp_path / "out")] == whole
+    assert paths[0].stat().st_mtime == 1, "it was not drawn again"
+    assert len(draw(model, tmp_path / "out", num_images=5)) == 5, "the series may grow"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "made with another seed"),
+        ({"guidance_scale": 2.0}, "made with another guidance_scale"),
+        ({"num_inference_steps": 3}, "made with another num_inference_steps"),
+        ({"negative_prompt": "text"}, "made with another negative_prompt"),
+    ],
+)
+def test_pictures_of_another_command_are_neither_mixed_nor_overwritten(
+    model: str, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in draw(model, out)}
+    with pytest.raises(UserError, match=f"{said}.*such as 0000.png: choose another --out, or give --overwrite"):
+        draw(model, out, num_images=1, **change)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    draw(model, out, num_images=1, overwrite=True, **change)
+    assert [path.name for path in out.iterdir()] == ["0000.png"], "none of the other command is left"
+    assert (out / "0000.png").read_bytes() != before["0000.png"]
+
+
+def test_another_model_at_the_same_place_is_another_command(model: str, tmp_path: Path, pipeline: MSDMPipeline) -> None:
+    draw(model, tmp_path / "out")
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 1
+    pipeline.save_pretrained(model)
+    with pytest.raises(UserError, match="made with another model_digest"):
+        draw(model, tmp_path / "out")
+
+
+def test_pictures_of_somebody_else_are_left_alone(model: str, tmp_path: Path) -> None:
+    photo = tmp_path / "out" / "photo.JPG"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(photo, "JPEG")
+    (tmp_path / "out" / "notes.txt").write_text("no picture")
+    content = photo.read_bytes()
+    with pytest.raises(UserError, match=r"of another origin, such as photo\.JPG"):
+        draw(model, tmp_path / "out")
+    draw(model, tmp_path / "out", overwrite=True)
+    assert photo.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a number from 0 to 100, not inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number from 0 to 100, not nan"),
+        ({"guidance_scale": 1e308}, "guidance_scale must be a number from 0 to 100, not 1e+308"),
+        ({"guidance_scale": -0.1}, "guidance_scale must be a number from 0 to 100, not -0.1"),
+        ({"guidance_scale": "3.5"}, "guidance_scale must be a number from 0 to 100, not '3.5'"),
+        ({"guidance_scale": True}, "guidance_scale must be a number from 0 to 100, not True"),
+        ({"num_inference_steps": 1001}, "num_inference_steps must be a whole number from 1 to 1000, not 1001"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number from 1 to"),
+        ({"num_inference_steps": 10**400}, "num_inference_steps must be a whole number from 1 to"),
+        ({"negative_prompt": 5}, "negative_prompt must be text, not 5"),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"seed": 2**63}, "seed must be a whole number from 0 to"),
+        ({"num_images": 0}, "num_images must be a whole number from 1 to"),
+        ({"batch_size": 10**9}, "batch_size must be a whole number from 1 to"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_in_a_line(
+    model: str, tmp_path: Path, setting: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        draw(model, tmp_path / "out", **setting)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "a" * 10_001, "half \ud83d", "nul \0"])
+def test_a_prompt_must_be_text_of_bounded_length(model: str, tmp_path: Path, prompt: str) -> None:
+    with pytest.raises(UserError, match=r"^prompt "):
+        generate(model, prompt, tmp_path, num_images=1, batch_size=1, seed=0, settings={}, device="cpu")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

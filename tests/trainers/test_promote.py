@@ -56,7 +56,7 @@ class World:
     kid: dict[int, float] = field(default_factory=lambda: {1: 0.5, 2: 0.4, 3: 0.3})
     copy_rate: dict[int, float] = field(default_factory=dict)
     digest: str = "r" * 64
-    scores: dict[int, list[float]] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=lambda: dict.fromkeys(range(1, 6), [30.0] * NUM_SAMPLES))
     """CLIP scores of each image; none: no extractor read prompts."""
     seeds: dict[int, int] = field(default_factory=dict)
     prompts: dict[int, str] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class World:
                 name: Measure(
                     value=value,
                     better="higher" if name == "clip_score" else "lower",
-                    interval=(0, 100) if name == "clip_score" else None,
+                    interval=(0, 100) if name == "clip_score" else (max(value - 0.01, 0.0), value + 0.01),
                     extractor=label,
                     num_generated=NUM_SAMPLES,
                     about="",
@@ -298,7 +298,19 @@ def test_alignment_is_compared_pair_by_pair(model: RegisteredModel) -> None:
     assert check.numbers["high"] < -0.8
 
     either_way = [score + gain for score, gain in zip(CHAMPION_SCORES, (9.0, -9, -9, -9, 9, 0), strict=True)]
-    assert try_to_promote("models:/model/2", World(scores={1: CHAMPION_SCORES, 2: either_way})).moved
+    unsure = try_to_promote("models:/model/2", World(scores={1: CHAMPION_SCORES, 2: either_way}))
+    assert not unsure.moved
+    assert "not enough pictures to rule out a loss of 3: draw" in unsure.decision.reason
+    gates = {"alignment": {"largest_loss": 0.5}}
+    assert try_to_promote("models:/model/2", World(scores={1: CHAMPION_SCORES, 2: either_way}), gates=gates).moved
+
+
+def test_alignment_that_was_not_measured_is_not_passed_unless_gates_say_so(model: RegisteredModel) -> None:
+    model.point("champion", 1)
+    refused = try_to_promote("models:/model/2", World(scores={}))
+    assert not refused.moved
+    assert "alignment: nothing measured it for both models" in refused.decision.reason
+    assert try_to_promote("models:/model/2", World(scores={}), gates={"alignment": {"required": False}}).moved
 
 
 @pytest.mark.parametrize(
@@ -624,7 +636,8 @@ def test_gates_from_a_file() -> None:
     assert load_gates("empty.yaml") == Gates()
     for text, said in (
         ("memorisation: {limit: 0.2}", "gates.yaml: memorisation: Extra inputs"),
-        ("memorization: {limit: -1}", "gates.yaml: memorization.limit: Input should be greater than or equal to 0"),
+        ("memorization: {limit: -1}", "gates.yaml: memorization.limit: Input should be greater than 0"),
+        ("memorization: {limit: .inf}", "gates.yaml: memorization.limit: Input should be"),
         ("quality: {limit: 0.1}", "gates.yaml: quality: .*in the unit of a measure"),
         ("a: [", "gates.yaml is not YAML"),
     ):

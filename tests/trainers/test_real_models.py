@@ -102,7 +102,7 @@ def test_the_better_model_becomes_champion_and_one_that_copies_does_not(
         assert register_model(recipe, Manifest.load(shards), str(trained), tracker, name=NAME) == version
         tracker.finish("FINISHED")
 
-    asked = ["--data", shards, "--num-samples", "96", "--extractor", "random-vgg:32", "--batch-size", "32"]
+    asked = ["--data", shards, "--num-samples", "300", "--extractor", "random-vgg:32", "--batch-size", "32"]
     asked += ["--cache", str(tmp_path / "features")]
     for version in (1, 2):
         judged = medsynth("evaluate", f"models:/{NAME}/{version}", *asked, "--out", f"promotions/{NAME}-{version}")

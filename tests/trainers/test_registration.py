@@ -4,8 +4,13 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -44,9 +49,14 @@ def registered(pipeline: MSDMPipeline, recipe: MSDMRecipe, tracking_uri: str, tm
     (tmp_path / "exported" / "pipeline.py").write_text(PIPELINE_FILE)
     (tmp_path / "exported" / "LICENSE.md").write_text("of the weights")
     tracker = Tracker.start(experiment="e", run_name="r", tags={"git_commit": "abc123"})
-    tracker.log_metrics({"denoiser/validation_loss": 0.25, "system/cpu": 3.0}, 6)
+    tracker.log_metrics(
+        {"denoiser/validation_loss": 0.25, "system/cpu": 3.0, "denoiser/mfu": 0.4, "vae/grad_norm": 2.0}, 6
+    )
     manifest = Manifest.load(recipe.data.shards)
-    assert register_model(recipe, manifest, str(tmp_path / "exported"), tracker, name="tiny") == 1
+    preview = tmp_path / "preview.png"
+    Image.new("RGB", (8, 8)).save(preview)
+    exported = str(tmp_path / "exported")
+    assert register_model(recipe, manifest, exported, tracker, name="tiny", preview=str(preview)) == 1
     MlflowClient().set_registered_model_alias("tiny", "champion", "1")
     return "models:/tiny@champion"
 
@@ -95,7 +105,24 @@ def test_a_version_has_all_that_its_readers_need(registered: str, recipe: MSDMRe
         *manifest.licences,
     ):
         assert told in card, told
-    assert "system/" not in card
+    for no_figure in ("system/", "mfu", "grad_norm"):
+        assert no_figure not in card, no_figure
+    assert "](preview.png)" in card
+    for number, prompt in enumerate(recipe.sampling.prompts, start=1):
+        assert f"{number}. {prompt}" in card
+
+
+@pytest.mark.slow
+def test_the_python_of_the_card_opens_the_model(registered: str, tmp_path: Path) -> None:
+    """As whoever got the folder runs it: elsewhere, with nothing of this project but what lies in it."""
+    with model_folder(registered) as folder:
+        shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    card = (tmp_path / "elsewhere" / "model" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code += "\nimport trainers; assert 'elsewhere/model/code' in trainers.__file__\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=environment, check=True)
+    assert Image.open(tmp_path / "elsewhere" / "picture.png").size == (16, 16)
 
 
 def test_loaded_by_mlflow_it_draws_what_generate_draws(
@@ -125,14 +152,94 @@ def test_loaded_by_mlflow_it_draws_what_generate_draws(
     assert np.array_equal(pixels(tuned), drawn(registered, tmp_path / "d", seed=0))
     assert not np.array_equal(pixels(tuned), pixels(png))
     for wrong, said in (
-        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
-        ({"prompt": "a", "seed": -1}, "seed must be at least 0, not -1"),
-        ({"prompt": "a", "guidance_scale": -1.0}, "guidance_scale must be at least 0"),
-        ({"prompt": 5}, "5"),
-        ({"seed": 5}, "missing inputs"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000, not 0"),
+        ({"prompt": "a", "num_inference_steps": 1_000_000}, "from 1 to 1000, not 1000000"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "from 1 to 1000, not 2.5"),
+        ({"prompt": "a", "num_inference_steps": True}, "from 1 to 1000, not True"),
+        ({"prompt": "a", "seed": -1}, "seed must be a whole number from 0"),
+        ({"prompt": "a", "seed": 10**30}, "seed must be a whole number from 0"),
+        ({"prompt": "a", "guidance_scale": -1.0}, "guidance_scale must be a number from 0 to 100, not -1"),
+        ({"prompt": "a", "guidance_scale": math.inf}, "guidance_scale must be a number from 0 to 100, not inf"),
+        ({"prompt": "a", "guidance_scale": 1e308}, "guidance_scale must be a number from 0 to 100, not 1e[+]308"),
+        ({"prompt": "a", "guidance_scale": "3"}, "guidance_scale must be a number from 0 to 100, not '3'"),
+        ({"prompt": "a", "sampler": "euler"}, "no sampler 'euler'"),
+        ({"prompt": "a", "true_cfg_scale": 2.0}, "not drawn with true_cfg_scale"),
+        ({"prompt": "a", "guidence_scale": 2.0}, "there is no column guidence_scale: known are prompt, "),
+        ({"prompt": 5}, "prompt must be text, not 5"),
+        ({"prompt": ["a", "b"]}, "prompt must be text"),
+        ({"prompt": "  "}, "prompt must say what to draw"),
+        ({"prompt": "a" * 10_001}, "prompt has 10,001 characters"),
+        ({"seed": 5}, "prompt must be text, not None"),
     ):
-        with pytest.raises(MlflowException, match=said):
-            model.predict([wrong])
+        with pytest.raises(MlflowException, match=said) as refused:
+            model.predict([{"prompt": "a"}, wrong])
+        assert refused.value.get_http_status_code() == 400
+
+
+def test_mlflow_has_no_schema_to_drop_columns_by(registered: str) -> None:
+    schema = mlflow.models.get_model_info(registered).signature
+    assert (schema.inputs, schema.outputs.input_names()) == (None, ["png"])
+
+
+@pytest.fixture
+def served(registered: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model as MLflow's server holds it, whose time limit is two seconds."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "2")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield mlflow.pyfunc.load_model(registered)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+SLOW = [{"prompt": "a polyp", "num_inference_steps": 1000}] * 50
+
+
+def test_drawing_ends_where_the_server_has_given_up_waiting(served: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(MlflowException, match="longer than the server may") as late:
+        served.predict(SLOW)
+    assert late.value.get_http_status_code() == 504
+    assert time.monotonic() - started < 8
+
+
+def test_another_request_is_answered_while_one_is_drawn(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the module that MLflow loaded from the model's own code.
+    monkeypatch.setattr(sys.modules[type(served.unwrap_python_model()).__module__], "QUEUE_SECONDS", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.predict, SLOW)
+        inside = served.unwrap_python_model()
+        while not inside.one_at_a_time.locked():
+            time.sleep(0.01)
+        started = time.monotonic()
+        with pytest.raises(MlflowException, match="busy") as busy:
+            served.predict([{"prompt": "a polyp"}])
+        assert busy.value.get_http_status_code() == 503
+        assert time.monotonic() - started < 8
+        assert isinstance(first.exception(), MlflowException)
+    assert len(served.predict([{"prompt": "a polyp", "num_inference_steps": 1}])) == 1, "and the next is drawn again"
+
+
+def test_a_server_that_is_told_to_end_stops_drawing(registered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "60")
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        model = mlflow.pyfunc.load_model(registered)
+        with ThreadPoolExecutor(1) as pool:
+            drawing = pool.submit(model.predict, SLOW)
+            while not model.unwrap_python_model().one_at_a_time.locked():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(MlflowException, match="the server ends") as ended:
+                drawing.result(timeout=10)
+        assert ended.value.get_http_status_code() == 503
+        assert told == [signal.SIGTERM], "the server was told as well"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.slow
@@ -159,6 +266,8 @@ def test_served_over_http(registered: str, tmp_path: Path) -> None:
             answers = list(pool.map(lambda seed: pixels(post(asked | {"seed": seed})), seeds))
         with pytest.raises(urllib.error.HTTPError) as refused:
             post(asked | {"num_inference_steps": 0})
+        with pytest.raises(urllib.error.HTTPError) as unknown:
+            post(asked | {"guidence_scale": 2})
     for seed, answer in zip(seeds, answers, strict=True):
         expected = drawn(
             registered,
@@ -169,7 +278,9 @@ def test_served_over_http(registered: str, tmp_path: Path) -> None:
         )
         assert np.array_equal(answer, expected)
     assert refused.value.code == 400
-    assert "num_inference_steps must be at least 1" in refused.value.read().decode()
+    assert "num_inference_steps must be a whole number from 1 to 1000" in refused.value.read().decode()
+    assert unknown.value.code == 400
+    assert "there is no column guidence_scale" in unknown.value.read().decode()
 
 
 def test_versions_of_before_still_open(pipeline: MSDMPipeline, tracking_uri: str, tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ PERCENTILES = (2.5, 97.5)
 Z = 1.96
 PAIRED_METRICS = ("fid", "kid", "cmmd", *ManifoldScores._fields)
 
+HALF_SAMPLES = "half samples without replacement"
+BOOTSTRAP = "the bootstrap"
+"""How intervals are taken, for people."""
+
 Interval = tuple[float, float]
 OnRows = Callable[[Rows, Rows], Any]
 

@@ -47,8 +47,13 @@ class Measure(Record):
 
     value: float
     interval: tuple[float, float] | None = None
-    """Bootstrap, 95 %; none where the metric has no such interval."""
+    """95 %; none where the metric has no such interval."""
+    interval_by: str | None = None
+    """How the interval was taken, in a few words."""
     better: Literal["lower", "higher"] | None = None
+    chance: float | None = None
+    """The value of an honest model, one that learnt the images' distribution and no image by heart, where that is
+    known; where neither lower nor higher is better, the best there is."""
     extractor: str | None = None
     """Label of the features, a key of Evaluation.extractors; none where pixels are compared."""
     num_generated: int
@@ -147,7 +152,12 @@ class TrainingCost(Record):
     gpu_hours: float | None = None
     """Device-hours: ranks x hours."""
     device: str | None = None
+    """Of each rank: a GPU's name, or `CPU process`."""
     energy_kwh: float | None = None
+
+    @property
+    def is_on_gpus(self) -> bool:
+        return self.device is None or not self.device.startswith("CPU")
 
 
 class Evaluation(Record):
@@ -162,6 +172,8 @@ class Evaluation(Record):
     """None for a folder of images."""
     samples: tuple[SampleRecord, ...]
     measures: dict[str, Measure]
+    missing: dict[str, str] = {}
+    """Why a measure that others have is not there, by its name."""
     classes: tuple[ClassMeasure, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
     """The nearest pairs first; at most 64, and every suspicious one of those."""

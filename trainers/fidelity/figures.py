@@ -29,7 +29,7 @@ METRICS = {
     "fid": Metric("FID", "Fidelity"),
     "fid_infinity": Metric("FID∞", "Fidelity"),
     "kid": Metric("KID", "Fidelity"),
-    "cmmd": Metric("CMMD", "Fidelity"),
+    "cmmd": Metric("CMMD × 1000", "Fidelity"),
     "inception_score": Metric("Inception score", "Fidelity"),
     "precision": Metric("Precision", "Fidelity", is_share=True),
     "f1": Metric("F1 of precision and recall", "Fidelity", is_share=True),
@@ -80,6 +80,13 @@ def decimals(values: Iterable[float], intervals: Iterable[tuple[float, float] | 
 def write(value: float, places: int) -> str:
     """1234.5 -> 1,234.50 with two places; never a negative zero."""
     return f"{round(value, places) + 0.0:,.{places}f}".replace("-", "−")
+
+
+def what_is_best(measure: Measure) -> str:
+    """An arrow; the best value itself, where neither lower nor higher is better; or nothing."""
+    if measure.better is None:
+        return "" if measure.chance is None else f"{measure.chance:g} is best"
+    return "↓" if measure.better == "lower" else "↑"
 
 
 def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -10,7 +10,15 @@ from scipy.stats import binomtest
 
 from cluster.errors import UserError
 from trainers.fidelity.alignment import ALIGNMENT_NEIGHBOURS, MIN_BEARERS
-from trainers.fidelity.bootstrap import MAX_ROWS, Interval, OnRows, half_sample_intervals, mean_interval
+from trainers.fidelity.bootstrap import (
+    BOOTSTRAP,
+    HALF_SAMPLES,
+    MAX_ROWS,
+    Interval,
+    OnRows,
+    half_sample_intervals,
+    mean_interval,
+)
 from trainers.fidelity.diversity import MAX_PAIRS, SCALE_WEIGHTS, ReadPixels, num_scales, similarity_within_prompts
 from trainers.fidelity.evaluation import ClassMeasure, Measure, Neighbour, measure_name
 from trainers.fidelity.frechet import Rows, fid, fid_infinity, fid_infinity_on_rows, fid_on_rows
@@ -25,6 +33,7 @@ MIN_IMAGES = 16
 MIN_CLASS_REAL = 10
 MIN_CLASS_GENERATED = 5
 MAX_NEIGHBOURS = 64
+EXACT = "the exact method of Clopper and Pearson (1934)"
 
 
 class _Figure(NamedTuple):
@@ -41,7 +50,9 @@ _FIGURES = {
         "FID extrapolated to infinitely many images (Chong & Forsyth 2020), here of both sets",
     ),
     "kid": _Figure(
-        "lower", (-np.inf, np.inf), "squared MMD, cubic kernel, unbiased, over all pairs (Bińkowski et al. 2018)"
+        "lower",
+        (-np.inf, np.inf),
+        "squared MMD as it is, not times 1000; cubic kernel, unbiased, over all pairs (Bińkowski et al. 2018)",
     ),
     "cmmd": _Figure(
         "lower",
@@ -103,6 +114,7 @@ def measure_features(
         measure_name(metric, label): Measure(
             value=value,
             interval=_clipped(interval, _FIGURES[metric].bounds),
+            interval_by=HALF_SAMPLES,
             better=_FIGURES[metric].better,
             extractor=label,
             num_generated=n,
@@ -131,6 +143,7 @@ def inception_score_measures(
     measure = Measure(
         value=value,
         interval=_clipped(interval, (1, probabilities.shape[1])),
+        interval_by=HALF_SAMPLES,
         better="higher",
         extractor=label,
         num_generated=n,
@@ -144,6 +157,7 @@ def clip_score_measures(label: str, scores: Float64, *, seed: int, num_bootstrap
     measure = Measure(
         value=float(scores.mean()),
         interval=mean_interval(scores, seed=seed, num_bootstrap=num_bootstrap),
+        interval_by=BOOTSTRAP,
         better="higher",
         extractor=label,
         num_generated=len(scores),
@@ -162,6 +176,7 @@ def caption_alignment_measures(
     measure = Measure(
         value=float(scores.mean()),
         interval=mean_interval(scores, seed=seed, num_bootstrap=num_bootstrap),
+        interval_by=BOOTSTRAP,
         better="higher",
         extractor=label,
         num_generated=len(scores),
@@ -188,6 +203,7 @@ def diversity_measures(
     measure = Measure(
         value=float(values.mean()),
         interval=mean_interval(values, seed=seed, num_bootstrap=num_bootstrap) if len(values) > 1 else None,
+        interval_by=BOOTSTRAP if len(values) > 1 else None,
         better="lower",
         num_generated=sum(count for prompt, count in Counter(prompts).items() if prompt in similarities),
         about=f"MS-SSIM between images of one prompt (Wang et al. 2003), {scales} of {len(SCALE_WEIGHTS)} scales, mean "
@@ -257,24 +273,26 @@ def memorization_measures(
         "copy_rate": Measure(
             value=float(is_copy.mean()),
             interval=_exact_interval(is_copy),
+            interval_by=EXACT,
             better="lower",
+            chance=threshold.honest_rate,
             extractor=label,
             num_generated=n,
             num_real=num_train,
             about=f"share of images within {threshold.distance:.3g} of a training image, where "
             f"{threshold.honest_rate:.2%} of new real images would be (by {threshold.num_held_out} held-out "
-            f"ones{few}{leaked}); exact interval",
+            f"ones{few}{leaked})",
         ),
         "nearer_to_training": Measure(
             value=bias.at_equal_sizes(bias.share),
             interval=(bias.at_equal_sizes(low), bias.at_equal_sizes(high)),
-            better="lower",
+            interval_by=EXACT,
+            chance=0.5,
             extractor=label,
             num_generated=n,
             num_real=num_train + num_held_out,
             about=f"share whose nearest real image is a training image ({num_train}), not a held-out one "
-            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020); "
-            "interval exact",
+            f"({num_held_out}), as if these were equally many: 0.5 is chance (after Meehan et al. 2020)",
         ),
         "nearer_to_training_p_value": Measure(
             value=bias.p_value,

@@ -6,10 +6,12 @@ policy forbids all else. Captions and names are other people's text: the templat
 
 import base64
 import io
+import posixpath
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,9 +20,20 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from cluster import storage
+from cluster.promotion import CHANCE, MemorizationGate, pictures_to_decide
 from data_shards.decode import open_image
 from trainers.fidelity.evaluation import STANDARD_EXTRACTORS, Evaluation, Measure, Neighbour
-from trainers.fidelity.figures import GROUPS, METRICS, MISSING, by_group, decimals, label_of, metric_of, write
+from trainers.fidelity.figures import (
+    GROUPS,
+    METRICS,
+    MISSING,
+    by_group,
+    decimals,
+    label_of,
+    metric_of,
+    what_is_best,
+    write,
+)
 
 MOST_POINTS = 1500  # of each kind in the map: more would hide each other, and weigh on the page
 MAP_WIDTH, MAP_HEIGHT, MAP_MARGIN = 1000.0, 620.0, 18.0
@@ -91,13 +104,23 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri, "percent": lambda share: f"{100 * share:.2f}%"}
+    filters: dict[str, Callable[[Any], str]] = {
+        "data_uri": _data_uri,
+        "percent": lambda share: f"{100 * share:.2f}%",
+        "public": public,
+        "best": what_is_best,
+    }
+    environment.filters |= filters
     html = environment.get_template("report.html").render(
         evaluation=evaluation,
         created=_when(evaluation.created),
         verdict=list(_verdict(evaluation)),
-        limits=list(_limits(evaluation)),
+        limits=list(limits_of(evaluation)),
         groups=_groups(evaluation),
+        intervals=_listed(
+            list(dict.fromkeys(m.interval_by or "not said how" for m in evaluation.measures.values() if m.interval))
+        ),
+        missing=list(missing_of(evaluation)),
         scale=[figure for group in _groups(evaluation) for figure in group.figures if figure.is_share],
         prompts=prompts,
         suspicious=[pair for pair in pairs if pair.neighbour.is_suspicious],
@@ -109,20 +132,30 @@ def write_report(
     storage.write_bytes(out, html.lstrip().encode())
 
 
+def public(uri: str) -> str:
+    """A name that tells whoever gets the page nothing of somebody's machine: of an absolute path, also of weights after
+    KIND:, the last part."""
+    if uri.startswith(("models:/", "runs:/")) or ("://" in uri and not uri.startswith("file://")):
+        return uri
+    path = uri.removeprefix("file://")
+    kind, colon, place = path.partition(":") if not path.startswith(("/", "~")) and ":" in path else ("", "", path)
+    return kind + colon + (posixpath.basename(place.rstrip("/")) if place.startswith(("/", "~")) else place)
+
+
 def repeat_command(evaluation: Evaluation) -> str:
-    """What to type to evaluate the same again."""
+    """What to type to evaluate the same again, with names for paths."""
     drawn = evaluation.generation
-    options: list[tuple[str, object]] = [("data", evaluation.reference.shards)]
+    options: list[tuple[str, object]] = [("data", public(evaluation.reference.shards))]
     options += [("split", split) for split in evaluation.reference.splits]
     options += [("num_samples", len(evaluation.samples))]
-    options += [("extractor", extractor.uri) for extractor in evaluation.extractors.values()]
+    options += [("extractor", public(extractor.uri)) for extractor in evaluation.extractors.values()]
     if drawn is not None:
         options += [("seed", drawn.seed), ("images_per_prompt", drawn.images_per_prompt)]
         options += [("batch_size", drawn.batch_size)]
         options += [(name, drawn.settings[name]) for name in ASKED_SETTINGS if name in drawn.settings]
     flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options if value is not None)
     compiled = " --compile" if drawn is not None and drawn.compiled else ""
-    return f"medsynth evaluate {shlex.quote(evaluation.model.uri)} {' '.join(flags)}{compiled}"
+    return f"medsynth evaluate {shlex.quote(public(evaluation.model.uri))} {' '.join(flags)}{compiled}"
 
 
 # --- what the template shows ---
@@ -192,12 +225,55 @@ def _verdict(evaluation: Evaluation) -> Iterator[str]:
     if groups:
         leads = [group.figures[0] for group in groups]
         yield "In figures: " + "; ".join(f"{lead.label} {lead.value}{_in_brackets(lead)}" for lead in leads) + "."
+    yield obedience(evaluation)
     yield _copies(evaluation)
     yield "These figures say how this model compares with these real images, and nothing about another model."
 
 
-def _limits(evaluation: Evaluation) -> Iterator[str]:
-    """What must be known to read the Fréchet distances."""
+def obedience(evaluation: Evaluation) -> str:
+    """One sentence on whether prompts are obeyed, as far as it was measured."""
+    aligned = [item for item in evaluation.measures.items() if metric_of(*item).group == "Alignment"]
+    by_chance = [(name, found) for name, found in aligned if metric_of(name, found) is METRICS["caption_alignment"]]
+    if not aligned:
+        reasons = [why for name, why in evaluation.missing.items() if name.startswith("caption_alignment")]
+        return f"Whether the images show what their prompts ask for was not measured{_after_colon(reasons)}."
+    if not by_chance:
+        return "How well images show their prompts is a score without a floor here: compare it with another model's."
+    figure = _figure(*by_chance[0])
+    low, high = figure.measure.interval or (figure.measure.value,) * 2
+    told = f"{figure.label} {figure.value}{_in_brackets(figure)}, where 0 is chance and 1 is every image"
+    if low > 0:
+        return f"The images show their prompts more often than by chance: {told}."
+    if high < 0:
+        return f"The images show something else than their prompts more often than by chance: {told}."
+    return f"That the images show what their prompts ask for cannot be told from chance: {told}."
+
+
+def missing_of(evaluation: Evaluation) -> Iterator[str]:
+    """What was not measured, and why."""
+    for name, why in evaluation.missing.items():
+        metric = next((METRICS[known].label for known in METRICS if name.startswith(known)), name)
+        yield f"{metric}: not measured, for {why}."
+
+
+def few_for_copies(evaluation: Evaluation) -> Iterator[str]:
+    """Where there are too few images to show that few of them are copies, by the default gates."""
+    limit = MemorizationGate().limit
+    for name, found in evaluation.measures.items():
+        if metric_of(name, found) is METRICS["copy_rate"] and found.interval and found.interval[0] <= limit:
+            if found.interval[1] <= limit:
+                continue
+            needed = pictures_to_decide(found.value, found.num_generated, limit=limit, chance=found.chance or CHANCE)
+            draw = f": draw {needed:,}" if needed else ""
+            yield (
+                f"{found.num_generated:,} images are too few to tell whether more than {100 * limit:g} % are copies: "
+                f"up to {100 * found.interval[1]:.1f} % may be{draw}."
+            )
+
+
+def limits_of(evaluation: Evaluation) -> Iterator[str]:
+    """What must be known to read the figures."""
+    yield from few_for_copies(evaluation)
     for name, measure in evaluation.measures.items():
         if metric_of(name, measure) is not METRICS["fid"] or measure.extractor is None:
             continue
@@ -281,6 +357,10 @@ def _thumbnail(image: bytes) -> bytes:
 def _when(created: str) -> str:
     moment = datetime.fromisoformat(created).astimezone(UTC)
     return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
+
+
+def _after_colon(reasons: Sequence[str]) -> str:
+    return f": {reasons[0]}" if reasons else ""
 
 
 def _in_brackets(figure: Figure) -> str:

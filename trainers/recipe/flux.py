@@ -65,10 +65,10 @@ class FluxTransformer(Block):
 class FluxSampling(Block):
     """How pictures are drawn, while training proceeds and by default from the saved model."""
 
-    num_inference_steps: int = Field(default=28, gt=0)
-    guidance_scale: float = Field(default=3.5, ge=0)
+    num_inference_steps: int = Field(default=28, gt=0, le=1000)
+    guidance_scale: float = Field(default=3.5, ge=0, le=100)
     """The guidance that the transformer is told (embedded guidance): one pass a step."""
-    true_cfg_scale: float = Field(default=1.0, ge=1)
+    true_cfg_scale: float = Field(default=1.0, ge=1, le=100)
     """Classifier-free guidance against the empty prompt; above 1 it takes two passes a step."""
     prompts: tuple[str, ...] = Field(min_length=1)
     """The fixed prompts of the sample grids."""

@@ -87,7 +87,7 @@ class MSDMSampling(Block):
 
     scheduler: Literal["ddpm", "ddim", "dpm-solver++"] = "dpm-solver++"
     num_inference_steps: int = Field(default=30, gt=0)
-    guidance_scale: float = Field(default=4.5, ge=1)
+    guidance_scale: float = Field(default=4.5, ge=1, le=100)
     """w in  uncond + w (cond - uncond).  The study's 3.5, of  (1 + w) cond - w uncond,  is 4.5 here."""
     prompts: tuple[str, ...] = Field(min_length=1)
     """The fixed prompts of the sample grids."""
@@ -115,4 +115,9 @@ class MSDMRecipe(BaseRecipe):
         for stage in (self.vae, self.denoiser):
             self.check_batches(stage.training)
         self.check_fidelity(self.denoiser.training)
+        if self.sampling.num_inference_steps > self.denoiser.noise.num_train_timesteps:
+            raise ValueError(
+                f"sampling.num_inference_steps {self.sampling.num_inference_steps} is more than "
+                f"denoiser.noise.num_train_timesteps {self.denoiser.noise.num_train_timesteps}"
+            )
         return self

@@ -16,8 +16,19 @@ from PIL import Image, ImageFilter
 
 from tests.conftest import DATA
 from tests.trainers.evaluations import extractor, made_evaluation, measure, neighbour
+from trainers.evaluate import missing_alignment
 from trainers.fidelity.evaluation import Evaluation, Neighbour
-from trainers.fidelity.report import CopyPair, FeatureMap, PromptRow, feature_map, repeat_command, write_report
+from trainers.fidelity.measures import measure_features, memorization_measures
+from trainers.fidelity.report import (
+    CopyPair,
+    FeatureMap,
+    PromptRow,
+    feature_map,
+    few_for_copies,
+    public,
+    repeat_command,
+    write_report,
+)
 
 HOSTILE = "<script>alert(1)</script> & a \"large\" 'polyp' {{ 7 * 6 }}"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,7 +96,7 @@ def test_what_a_reader_must_be_told_is_told(tmp_path: Path) -> None:
         f"Digest {evaluation.extractors['inception'].digest}",
         f"Model digest {'m' * 64} Data digest {'d' * 64}",
         "medsynth 0.1.0, commit 0123456789ab",
-        "12.5 device-hours on NVIDIA H100, 9.1 kWh",
+        "12.5 GPU-hours, each of one NVIDIA H100, 9.1 kWh",
         repeat_command(evaluation),
     ):
         assert said in text, said
@@ -100,6 +111,85 @@ def test_the_command_repeats_the_evaluation() -> None:
     )
     of_folder = made_evaluation(generation=None)
     assert "--seed" not in repeat_command(of_folder)
+
+
+def test_what_is_said_of_intervals_is_how_they_were_taken(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    halves = measure_features("random_vgg", features[:20], features[20:], seed=0, num_bootstrap=4)
+    text = text_of(page(tmp_path, made_evaluation(measures=halves)))
+    assert "With 95 % intervals by half samples without replacement." in text
+    assert "bootstrap" not in text
+    copies, _ = memorization_measures("random_vgg", features, features[:20], features[20:], ["k"] * 20, seed=0)
+    text = text_of(page(tmp_path, made_evaluation(measures=halves | copies)))
+    assert "by half samples without replacement and the exact method of Clopper and Pearson (1934)." in text
+
+
+def test_where_neither_less_nor_more_is_better_the_best_is_named(tmp_path: Path) -> None:
+    nearer = measure(0.4, (0.3, 0.5), better=None, chance=0.5)
+    markup = page(tmp_path, made_evaluation(measures={"nearer_to_training_inception": nearer}))
+    assert "0.40 0.5 is best 0.30 to 0.50" in text_of(markup)
+    assert 'title="lower is better"' not in markup
+
+
+def test_no_path_of_somebodys_machine_is_on_the_page(tmp_path: Path) -> None:
+    home = "/home/somebody/study"
+    evaluation = made_evaluation()
+    markup = page(
+        tmp_path,
+        made_evaluation(
+            model=evaluation.model.model_copy(update={"uri": f"{home}/runs/first"}),
+            reference=evaluation.reference.model_copy(update={"shards": f"file://{home}/shards/"}),
+            extractors={"inception": extractor("inception").model_copy(update={"uri": f"inception:{home}/w.pth"})},
+        ),
+    )
+    assert "somebody" not in markup
+    assert "medsynth evaluate first --data shards --split test" in text_of(markup)
+    assert "--extractor inception:w.pth" in text_of(markup)
+
+
+@pytest.mark.parametrize("uri", ["models:/m/3", "runs:/abc/model", "s3://data/set", "random-vgg:64", "shards", "a/b"])
+def test_names_that_hold_anywhere_stay(uri: str) -> None:
+    assert public(uri) == uri
+
+
+def test_settings_that_say_nothing_are_left_out(tmp_path: Path) -> None:
+    drawn = made_evaluation().generation
+    assert drawn is not None
+    settings = {"negative_prompt": "", "guidance_scale": 4.0}
+    text = text_of(page(tmp_path, made_evaluation(generation=drawn.model_copy(update={"settings": settings}))))
+    assert "negative_prompt" not in text
+    assert "guidance_scale 4.0" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.1, 0.3), "The images show their prompts more often than by chance: Caption alignment (dinov2) 0.20"),
+        ((-0.1, 0.5), "That the images show what their prompts ask for cannot be told from chance"),
+        ((-0.3, -0.1), "The images show something else than their prompts more often than by chance"),
+        (None, "was not measured: no prompt is the caption of 10 real images or more, but not of all."),
+    ],
+)
+def test_a_word_on_whether_prompts_are_obeyed(tmp_path: Path, interval: tuple[float, float] | None, said: str) -> None:
+    name = "caption_alignment_dinov2"
+    value = sum(interval) / 2 if interval else 0.0
+    measures = {name: measure(value, interval, better="higher", extractor="dinov2")} if interval else {}
+    missing = {} if interval else missing_alignment("dinov2", {}, ["a polyp"])
+    text = text_of(page(tmp_path, made_evaluation(measures=measures, missing=missing)))
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("high", "num_generated", "said"),
+    [
+        (0.206, 16, "16 images are too few to tell whether more than 5 % are copies: up to 20.6 % may be: draw 230."),
+        (0.0123, 300, None),
+    ],
+)
+def test_too_few_images_for_copies_are_told(high: float, num_generated: int, said: str | None) -> None:
+    rate = measure(0.0, (0.0, high), num_generated=num_generated, chance=0.01)
+    told = list(few_for_copies(made_evaluation(measures={"copy_rate_inception": rate})))
+    assert told == ([said] if said else [])
 
 
 def test_limits_are_told_only_where_they_hold(tmp_path: Path) -> None:
