@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cluster.errors import UserError, did_you_mean
 from cluster.evaluations import evaluation_document
+from cluster.terminal import visible
 from trainers.fidelity.evaluation import Evaluation, Measure
 from trainers.fidelity.figures import MISSING, by_group, decimals, label_of, overlap, write
 
@@ -350,21 +351,21 @@ def render(table: Table, console: Console) -> None:
     shown = RichTable()
     shown.add_column("")
     for run in table.runs:
-        shown.add_column(Text(run), justify="right", overflow="fold")
+        shown.add_column(Text(visible(run)), justify="right", overflow="fold")
     for group, rows in table.groups.items():
         shown.add_section()
         shown.add_row(Text(group, "dim"))
         for row in rows:
-            shown.add_row(Text(row.heading), *map(_terminal_cell, row.cells))
+            shown.add_row(Text(visible(row.heading)), *map(_terminal_cell, row.cells))
     console.print(shown)
     console.print(LEGEND, soft_wrap=True)
     for letter, note in _lettered(table):
-        console.print(Text(f"({letter}) {note}"), soft_wrap=True)
+        console.print(Text(f"({letter}) {visible(note)}"), soft_wrap=True)
 
 
 def _terminal_cell(cell: Cell) -> Text:
     styles = {"best": "bold green", "as good": "italic green", "not comparable": "dim"}
-    text = Text(cell.text, styles.get(cell.mark or "", ""))
+    text = Text(visible(cell.text), styles.get(cell.mark or "", ""))
     if cell.interval:
         text.append(f" {cell.interval}", "dim")
     if cell.note:

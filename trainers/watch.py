@@ -47,6 +47,7 @@ class Watch:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._figures: dict[str, str] = {}
         self._lines = PlainLines()
         self._started = time.monotonic()
         self._is_recorded = True
@@ -100,8 +101,8 @@ class Watch:
     def _bar(self, name: str, completed: int, total: int, done: str, figures: str) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total, done="", figures="")
-        shown = {"figures": figures} if figures else {}  # or else the last ones stay
-        self._bars.update(self._tasks[name], completed=completed, done=done, **shown)
+        self._figures[name] = figures or self._figures.get(name, "")  # the last ones stay until there are others
+        self._bars.update(self._tasks[name], completed=completed, done=done, figures=self._figures[name])
 
     def _say_when(self, line: str) -> None:
         self.say(f"{time.strftime('%H:%M:%S', time.gmtime(time.monotonic() - self._started))} {line}")
@@ -142,10 +143,11 @@ def summarize(console: Console, trained: "TrainedRun", prompt: str) -> None:
     if fidelity := {name: value for name, value in trained.metrics.items() if name.startswith("fidelity/")}:
         figures = (f"{name.removeprefix('fidelity/').replace('_', ' ')} {fidelity[name]:.4g}" for name in fidelity)
         table.add_row("fidelity", "  ".join(figures))
-    table.add_row("model", plain(trained.model_uri))
-    table.add_row("pictures", plain(f"{trained.folder.uri}/pictures"))
-    table.add_row("MLflow", plain(trained.tracker.ui_command()))
     console.print(table)
+    # Not in the table, which would cut them where a log has 80 columns.
+    where = {"Model": trained.model_uri, "Pictures": f"{trained.folder.uri}/pictures"}
+    for what, place in (where | {"MLflow": trained.tracker.ui_command()}).items():
+        console.print(f"{what}: {plain(place)}", soft_wrap=True)
     for what, reason in trained.failures.items():
         console.print(f"[yellow]Failed: {plain(what)}: {plain(reason)}[/]", soft_wrap=True)
     asked = ["--model", trained.model_uri, "--prompt", prompt, "--num-images", 8, "--seed", 0, "--out", "samples"]

@@ -30,9 +30,9 @@ HOSTILE = [
 
 
 def printed(markup: str) -> str:
-    console = Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
-    console.print(markup, soft_wrap=True)
-    return console.file.getvalue().removesuffix("\n")  # type: ignore[attr-defined]
+    out = io.StringIO()
+    Console(file=out, width=60, highlight=False, emoji=False).print(markup, soft_wrap=True)
+    return out.getvalue().removesuffix("\n")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -52,9 +52,9 @@ def test_any_mixture_of_brackets_and_backslashes_is_printed_as_it_stands() -> No
 def test_in_a_table_too() -> None:
     table = Table("[a]", show_header=False)
     table.add_row(plain("[b] \x1b[31m"))
-    console = Console(file=io.StringIO(), width=60)
-    console.print(table)
-    assert "[b] \\x1b[31m" in console.file.getvalue()  # type: ignore[attr-defined]
+    out = io.StringIO()
+    Console(file=out, width=60).print(table)
+    assert "[b] \\x1b[31m" in out.getvalue()
 
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:
