@@ -322,8 +322,8 @@ def _locate(record: Record) -> str:
     except names.NameProblemError as problem:
         raise BadInputError(str(problem)) from None
     if not storage.is_remote(uri):
-        folder = Path(record.folder.removeprefix("file://")).resolve()
-        if not Path(uri.removeprefix("file://")).resolve().is_relative_to(folder):
+        folder = storage.local_path(record.folder).resolve()
+        if not storage.local_path(uri).resolve().is_relative_to(folder):
             raise BadInputError("path leaves the image folder: it is a link")
     return uri
 

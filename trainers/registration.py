@@ -24,7 +24,7 @@ from cluster import storage
 from cluster.registry import CODE_FOLDER, MODEL_FOLDER, describe_pyfunc, register
 from cluster.tracking import Tracker
 from data_shards import Manifest
-from trainers.generate import ADAPTERS, INDEX
+from trainers.model_source import ADAPTERS, INDEX
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe
 from trainers.run_folder import finished_model
 from trainers.serving import SIGNATURE

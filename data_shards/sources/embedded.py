@@ -75,7 +75,7 @@ def embedded_records(
         for name in storage.list_files(unpacked):
             storage.delete(storage.join(unpacked, name))
         if not storage.is_remote(unpacked):
-            shutil.rmtree(unpacked.removeprefix("file://"), ignore_errors=True)
+            shutil.rmtree(storage.local_path(unpacked), ignore_errors=True)
 
 
 def row_files(source: str) -> list[RowFile]:

@@ -239,7 +239,7 @@ def step_traffic(states: Literal["fp32", "bf16"], ema_decay: float) -> float:
     with Traffic() as traffic:
         engine.step(1e-3, loss.detach(), stop_requested=False)
     parameters: int = sum(parameter.ds_numel for parameter in named_parameters(engine).values())
-    return compiled + traffic.bytes / parameters
+    return float(compiled + traffic.bytes / parameters)
 
 
 def traffic_of_a_step() -> dict[tuple[str, float], float]:
