@@ -81,7 +81,7 @@ def register(tracker: Tracker, folders: Sequence[Path], *, name: str, tags: Mapp
     the files are uploaded with them, and their own is a tag of the version: `model_folder` and serving check them.
     """
     client = tracker.client
-    with explained(tracker.tracking_uri):
+    with explained(tracker.tracking_uri, is_patient=True):
         if known := client.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'"):
             return int(known[0].version)
         sums = checksums(folders)
