@@ -90,7 +90,7 @@ def register(
     files are uploaded with them, and their own is a tag of the version: `model_folder` and serving check them.
     """
     client = tracker.client
-    with explained(tracker.tracking_uri):
+    with explained(tracker.tracking_uri, is_patient=True):
         source = artifact_uri(client, f"runs:/{tracker.run_id}/{artifact_folder}")
         of_run = client.search_model_versions(f"run_id = '{tracker.run_id}'")
         known = [version for version in of_run if version.source == source]

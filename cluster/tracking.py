@@ -48,6 +48,7 @@ PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
 FAILED = "failed: "  # how the names of tags begin that say what failed beside the training
 JOBS_TAG = "ray_jobs"  # of a run: the ids of the jobs of a Ray cluster that have worked on it
 SYSTEM_METRICS_SECONDS = 5
+TEXT_SECONDS = 30
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
@@ -204,9 +205,10 @@ class Tracker:
             place = without_secrets(self.tracking_uri)
             raise TrackingError(f"the MLflow run {self.run_id} is not at {place}, or was deleted there: {remedy}")
 
-    @_explaining
     def log_text(self, text: str, artifact_file: str) -> None:
-        self.client.log_text(self.run_id, text, artifact_file)
+        # A page with pictures has megabytes, which a server hands on to S3 before it answers.
+        with explained(self.tracking_uri, is_patient=True), impatient(TEXT_SECONDS):
+            self.client.log_text(self.run_id, text, artifact_file)
 
     @_explaining
     def read_text(self, artifact_file: str) -> str:
@@ -430,7 +432,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def explained(tracking_uri: str, what: str = "", *, is_patient: bool = False) -> Iterator[None]:
     """Turn what MLflow raises into one line that names the server and, where the user can do something, what.
 
-    Without `is_patient`, which is for large files, a question has ten seconds.
+    Without `is_patient`, which is for large files, a question has ten seconds. A patient block must not stand within
+    one that is not.
     """
     try:
         with nullcontext() if is_patient else impatient():
