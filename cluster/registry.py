@@ -315,9 +315,12 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _latest_of(client: MlflowClient, uri: str) -> ModelVersion | None:
-    """The latest version that runs:/ID/model became: of several names, that of the last upload, as they share files."""
-    run_id, _, path = uri.removeprefix("runs:/").partition("/")
-    found = client.search_model_versions(f"run_id = '{run_id}'") if path == MODEL_FOLDER else []
+    """The latest version that the files at runs:/ID/FOLDER became: of several names, the newest, as they share files."""
+    run_id, _, folder = uri.removeprefix("runs:/").partition("/")
+    if not folder.startswith(MODEL_FOLDER):
+        return None
+    source = artifact_uri(client, uri)
+    found = [version for version in client.search_model_versions(f"run_id = '{run_id}'") if version.source == source]
     return max(found, key=lambda version: (version.creation_timestamp, int(version.version)), default=None)
 
 
