@@ -279,11 +279,8 @@ def check_pictures(folder: Path, about: Mapping[str, str]) -> None:
         number = told.get("number", "")
         if told != {**about, "number": number} or not number.isdecimal() or path.name != picture_name(int(number)):
             differs = [name for name in told.keys() | about if name != "number" and told.get(name) != about.get(name)]
-            of = (
-                f"made with another {', '.join(sorted(differs) or ['name'])}"
-                if "Software" in told
-                else "of another origin"
-            )
+            names = ", ".join(sorted(differs) or ["name"])
+            of = f"made with another {names}" if "Software" in told else "of another origin"
             raise UserError(
                 f"{folder} holds pictures {of}, such as {path.name}: choose another --out, or give --overwrite to "
                 "replace those that medsynth drew"
