@@ -19,7 +19,7 @@ from cluster.weights import folder_digest, local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
 from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED, TRAIN_TIMESTEPS, check_prompt, check_settings
-from trainers.model_source import NO_SAMPLING, open_model, pinned
+from trainers.model_source import NO_SAMPLING, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
@@ -236,7 +236,7 @@ def generate(
         storage.check_writable(str(out))
     except storage.StorageError as error:
         raise UserError(f"{error}; choose another --out") from None
-    with open_model(pinned(model_uri)) as source:
+    with open_model(model_uri) as source:
         drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
         about = about_pictures(model_uri, prompt, seed, drawing.arguments(settings))
         about["model_digest"] = folder_digest(source.folder)
