@@ -315,7 +315,7 @@ def _find(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def _latest_of(client: MlflowClient, uri: str) -> ModelVersion | None:
-    """The latest version that the files at runs:/ID/FOLDER became: of several names, the newest, as they share files."""
+    """The newest version, under whatever name, that the files at runs:/ID/FOLDER became."""
     run_id, _, folder = uri.removeprefix("runs:/").partition("/")
     if not folder.startswith(MODEL_FOLDER):
         return None

@@ -21,11 +21,7 @@ from cluster.weights import folder_digest, local_weights
 from data_shards import derive_seed
 from trainers.compiling import compile_blocks
 from trainers.drawing_settings import BATCH_SIZE, NUM_IMAGES, SEED, TRAIN_TIMESTEPS, check_prompt, check_settings
-<<<<<<< HEAD
-from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model, pinned
-=======
-from trainers.model_source import NO_SAMPLING, open_model
->>>>>>> judging
+from trainers.model_source import ADAPTERS, INDEX, NO_SAMPLING, RECIPE, is_model, no_model, open_model
 from trainers.msdm import MSDMPipeline
 from trainers.msdm.pipeline import PRECISIONS
 from trainers.msdm.unet import SAMPLERS, sampler_named
@@ -239,16 +235,8 @@ def generate(
     ):
         bounds.check(name, value)
     check_settings(settings)  # before the model is opened, which takes long
-<<<<<<< HEAD
     storage.check_writable(str(out))
-    with open_model(pinned(model_uri)) as source:
-=======
-    try:
-        storage.check_writable(str(out))
-    except storage.StorageError as error:
-        raise UserError(f"{error}; choose another --out") from None
     with open_model(model_uri) as source:
->>>>>>> judging
         drawing = drawing_of(source.folder, name=model_uri, sampling=source.sampling)
         arguments = drawing.arguments(settings)
         about = about_pictures(model_uri, prompt, seed, arguments)
