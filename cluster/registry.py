@@ -167,7 +167,7 @@ class RegisteredModel:
         return cls(tracking_uri, found.name), _version(found)
 
     @classmethod
-    def version_of_copy(cls, folder: Path, run_id: str) -> Version | None:
+    def version_of_copy(cls, folder: Path, run_id: str, artifact_folder: str = MODEL_FOLDER) -> Version | None:
         """The version that a copy of a model is, as MLflow notes in those it makes of models:/NAME/…
 
         Of another copy it is the latest that the run registered. None if there is none, or no server of this
@@ -185,7 +185,9 @@ class RegisteredModel:
                 name, number = str(document["model_name"]), int(document["model_version"])
             return cls(tracking_uri, name).version(number)
         with explained(tracking_uri, run_id):
-            found = client.search_model_versions(f"run_id = '{run_id}'")
+            source = artifact_uri(client, f"runs:/{run_id}/{artifact_folder}")
+            of_run = client.search_model_versions(f"run_id = '{run_id}'")
+            found = [version for version in of_run if version.source == source]
         if len(names := {version.name for version in found}) > 1:
             raise UserError(
                 f"run {run_id} registered models of several names, {', '.join(sorted(names))}: "

@@ -235,6 +235,8 @@ def size(uri: str) -> int:
 
 def _head(client: Any, place: Mapping[str, str]) -> Mapping[str, Any]:
     """What S3 says of an object. An answer to HEAD has no body to say why it is refused, so that is asked once more."""
+    from botocore.exceptions import ClientError
+
     try:
         return dict(client.head_object(**place))
     except ClientError as error:
@@ -278,12 +280,18 @@ def list_folder(uri: str) -> list[str]:
             with os.scandir(local_path(uri)) as entries:
                 return sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
         location = _location(join(uri, ""))
-        listed = _s3().get_paginator("list_objects_v2")
-        found = []
-        for page in listed.paginate(Bucket=location["Bucket"], Prefix=location["Key"], Delimiter="/"):
-            found += [content["Key"] for content in page.get("Contents", [])]
-            found += [folder["Prefix"] for folder in page.get("CommonPrefixes", [])]
+        found = _asking(lambda client: _keys_in(client, location), location, _is_passing)
     return sorted(name for key in found if (name := key.removeprefix(location["Key"])))
+
+
+def _keys_in(client: Any, place: Mapping[str, str]) -> list[str]:
+    """Of the objects directly below a prefix, and of the prefixes there."""
+    found: list[str] = []
+    pages = client.get_paginator("list_objects_v2")
+    for page in pages.paginate(Bucket=place["Bucket"], Prefix=place["Key"], Delimiter="/"):
+        found += [content["Key"] for content in page.get("Contents", [])]
+        found += [folder["Prefix"] for folder in page.get("CommonPrefixes", [])]
+    return found
 
 
 def list_sizes(uri: str) -> dict[str, int]:
@@ -370,14 +378,20 @@ def check_writable(uri: str) -> None:
 
 
 def check_answers(uri: str) -> None:
-    """Raise StorageError now, within ten seconds, if the service of `uri` does not answer or refuses the credentials.
+    """Raise StorageError now, within ten seconds, if the service of `uri` does not answer or does not know the
+    credentials.
 
-    Whether anything is there is not asked.
+    Whether anything is there, or may be listed, is not asked: what cannot be listed may still be readable.
     """
-    if is_remote(uri):
-        with _explained("read", uri):
-            place = _location(uri)
+    if not is_remote(uri):
+        return
+    with _explained("read", uri):
+        place = _location(uri)
+        try:
             _client(os.getpid(), is_probe=True).list_objects_v2(Bucket=place["Bucket"], Prefix=place["Key"], MaxKeys=1)
+        except _boto3_errors() as error:
+            if _code(error) != "AccessDenied":
+                raise
 
 
 def endpoint() -> str:

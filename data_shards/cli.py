@@ -169,6 +169,8 @@ def inspect(
         raise UserError(f"{shards} is a precomputed set, with nothing to draw: inspect the shards it was made of")
     from data_shards import overview  # and all that decodes pictures: to see that no shards are there, it is not needed
 
+    if recipe:
+        ask(recipe)
     reader = _reader(recipe) if recipe else None
     table = Table(title=f"{plain(manifest.name)}, digest {manifest.digest[:12]}", title_justify="left")
     table.add_column("split", no_wrap=True)
@@ -190,7 +192,7 @@ def inspect(
     words = [f"{split} {overview.spread(look.words)}" for split, look in looks.items()]
     console.print(f"Words a caption: {plain('; '.join(words))}", soft_wrap=True)
     if reader:
-        console.print(overview.say_tokens(looks, reader), soft_wrap=True)
+        console.print(plain(overview.say_tokens(looks, reader)), soft_wrap=True)
     if not manifest.precomputed:
         sizes = {split: [f"{width} x {height}" for width, height in look.sizes] for split, look in looks.items()}
         pixels = "; ".join(f"{split} {overview.spread(found)}" for split, found in sizes.items())

@@ -199,9 +199,9 @@ def _begin(
 ) -> Tracker:
     """The MLflow run this sweep began with, if it is resumed; else a new one that says what will be tried."""
     if previous:
-        RunFolder(journal.uri).follow(recipe)
         recorded = recorded_by(previous)
         recorded.check_is_there("restore it, mend MLFLOW_TRACKING_URI, or begin a new sweep")
+        RunFolder(journal.uri).follow(recipe)
         return Tracker.resume(recorded.run_id, recorded.tracking_uri)
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
@@ -434,7 +434,8 @@ class _Conductor(tune.Callback):
         """
         for trial in self.trials:
             run = self.journal.run_folder(trial.number)
-            if trial.state in ("stopped", "failed") and trial.run_id and storage.exists(run.unrecorded):
+            waits = storage.exists(run.unrecorded) or storage.list_files(run.measured)
+            if trial.state in ("stopped", "failed") and trial.run_id and waits:
                 Records(run, Tracker(self.tracker.tracking_uri, trial.run_id)).flush()
                 self.recording.note(self.journal.run_name(trial.number), 0)
         for number in list(self.untold):

@@ -139,7 +139,7 @@ def test_who_asks_mlflow_says_so_first() -> None:
 
 
 def test_the_command_that_goes_on_is_exactly_the_command(shards: str, recipe_file: Path, tmp_path: Path) -> None:
-    hostile = "a [bold]run[/] of 'Zoë' \\[x] :skull: $HOME"
+    hostile = "a [bold]run of 'Zoë' [x] :skull: $HOME"
     odd = tmp_path / "my [draft] recipe's.yaml"
     odd.write_text(recipe_file.read_text())
     change = f'sampling.prompts=["{"a polyp, " * 20}"]'  # longer than a line

@@ -13,7 +13,16 @@ from cluster.errors import UserError
 from cluster.names import check_path_part
 from cluster.progress import TimeLeft, progress_lines
 from cluster.terminal import ask, command_line, console, plain, say_starting
-from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
+from trainers.drawing_settings import (
+    BATCH_SIZE,
+    GUIDANCE_SCALE,
+    NUM_IMAGES,
+    NUM_INFERENCE_STEPS,
+    SEED,
+    TRUE_CFG_SCALE,
+    check_prompt,
+    check_settings,
+)
 from trainers.evaluation_options import check_model
 
 if TYPE_CHECKING:
@@ -101,7 +110,6 @@ def generate(
         typer.Option(
             metavar="N",
             min=NUM_INFERENCE_STEPS.low,
-            max=NUM_INFERENCE_STEPS.high,
             help="Sampling steps, at most those that it was trained with. Default: the model's own.",
         ),
     ] = None,
@@ -133,14 +141,6 @@ def generate(
 
     medsynth generate --model models:/msdm-demo/1 --prompt "Generate an image with a large polyp." --out pictures
     """
-    try:
-        storage.check_writable(str(out))
-    except storage.StorageError as error:
-        raise UserError(f"{error}; choose another --out") from None
-    check_model(model)
-    say_starting("PyTorch and the model")
-    from trainers.generate import generate as draw
-
     asked = {
         "negative_prompt": negative_prompt or None,
         "guidance_scale": guidance_scale,
@@ -149,6 +149,16 @@ def generate(
         "sampler": sampler,
         "precision": precision,
     }
+    settings = check_settings({name: value for name, value in asked.items() if value is not None})
+    check_prompt(prompt)
+    check_model(model)
+    try:
+        storage.check_writable(str(out))
+    except storage.StorageError as error:
+        raise UserError(f"{error}; choose another --out") from None
+    say_starting("PyTorch and the model")
+    from trainers.generate import generate as draw
+
     with progress_lines(console) as on_progress:
         paths = draw(
             model,
@@ -157,7 +167,7 @@ def generate(
             num_images=num_images,
             batch_size=batch_size,
             seed=seed,
-            settings={name: value for name, value in asked.items() if value is not None},
+            settings=settings,
             device=device,
             compile=compile,
             overwrite=overwrite,

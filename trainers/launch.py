@@ -51,7 +51,7 @@ from trainers.logs import json_logs
 from trainers.loop import DivergedError
 from trainers.pictures import grid
 from trainers.recipe import Recipe, at_absolute_paths, dump_recipe
-from trainers.records import Measurement, Records, Report, read_waiting
+from trainers.records import Measurement, Records, Report, read_measurement, read_waiting
 from trainers.run_folder import Registration, RunFolder
 from trainers.worker import train_rank
 
@@ -122,13 +122,14 @@ def train_recipe(
     recipe = at_absolute_paths(recipe)
     run = RunFolder.of(recipe, run_name)
     family = family_of(recipe)
-    storage.check_answers(recipe.data.shards)
+    trained = _stages_until(family.STAGES, until)
+    for place in (recipe.data.shards, run.uri):
+        storage.check_answers(place)
     manifest = check_recipe(recipe)
-    storage.check_writable(run.uri)
     check_tracking()
     _check_left(run, run.previous(recipe, family.STAGES[-1]))
+    storage.check_writable(run.uri)
     cluster, fidelity = recipe.cluster, recipe.fidelity
-    trained = _stages_until(family.STAGES, until)
     num_processes = cluster.min_workers + (fidelity is not None)
 
     def on_waiting(silent: float, limit: float) -> None:
@@ -210,6 +211,8 @@ def _check_left(run: RunFolder, mlflow_run: Mapping[str, str] | None) -> None:
     """Raise UserError now for what an earlier start has left, and cannot be used."""
     run.placement_group()
     read_waiting(run)
+    for name in storage.list_files(run.measured):
+        read_measurement(run, name)
     if mlflow_run:
         marker = storage.join(run.uri, "run.json")
         recorded_by(mlflow_run).check_is_there(
@@ -278,8 +281,9 @@ def _begin(
         recorded = recorded_by(previous)
         run.follow(recipe, last_stage)
         tracker = Tracker.resume(recorded.run_id, recorded.tracking_uri)
-        Records(run, tracker).flush(seconds=0)
-        tracker.log_text(dump_recipe(recipe), "recipe.yaml")
+        with _failed_if_raised(tracker):
+            Records(run, tracker).flush(seconds=0)
+            tracker.log_text(dump_recipe(recipe), "recipe.yaml")
         return tracker
     tracker = Tracker.start(
         experiment=recipe.tracking.experiment,
@@ -293,16 +297,28 @@ def _begin(
         },
         artifact_location=recipe.tracking.artifact_location,
     )
-    tracker.log_params(recipe.model_dump(mode="json"))
-    tracker.log_text(dump_recipe(recipe), "recipe.yaml")
-    tracker.log_dataset(
-        name=manifest.name,
-        digest=manifest.digest,
-        source=recipe.data.shards,
-        context="training",
-    )
-    run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": without_secrets(tracker.tracking_uri)})
+    with _failed_if_raised(tracker):
+        tracker.log_params(recipe.model_dump(mode="json"))
+        tracker.log_text(dump_recipe(recipe), "recipe.yaml")
+        tracker.log_dataset(
+            name=manifest.name,
+            digest=manifest.digest,
+            source=recipe.data.shards,
+            context="training",
+        )
+        run.begin(recipe, {"run_id": tracker.run_id, "tracking_uri": without_secrets(tracker.tracking_uri)})
     return tracker
+
+
+@contextmanager
+def _failed_if_raised(tracker: Tracker) -> Iterator[None]:
+    """A run that cannot begin does not stay a running one in MLflow."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            tracker.finish("FAILED")
+        raise
 
 
 def _device(use_gpu: bool) -> str:

@@ -121,8 +121,8 @@ class Lease:
     def release(self) -> None:
         """Let the next process take over at once."""
         self._done.set()
-        self._thread.join()
-        if self._successor is None:
+        self._thread.join(timeout=2 * BEAT_SECONDS)  # in an outage its storage answers late, or not at all
+        if self._successor is None and not self._thread.is_alive():
             with suppress(storage.StorageError):  # the next one waits until it is stale
                 self._write(replace(self._owner, is_released=True))
 
@@ -154,7 +154,10 @@ def _acquire(folder: str, on_waiting: OnWaiting) -> Lease:
     watched: tuple[int, bytes] | None = None
     began, told = time.monotonic(), 0.0
     while True:
+        asked = time.monotonic()
         found = number, content = _newest(folder)
+        if time.monotonic() - asked > STALE_SECONDS / 2:
+            began = time.monotonic()  # an outage of the storage hid the signs of life
         owner = Owner.parse(content)
         silent = time.monotonic() - began
         is_free = not number or (owner is not None and (owner.is_released or owner.has_ended()))
@@ -173,8 +176,9 @@ def _acquire(folder: str, on_waiting: OnWaiting) -> Lease:
 
 def _take(folder: str, number: int) -> Lease | None:
     owner, path = Owner.this_process(), _path(folder, number)
-    if storage.create(path, _encode(owner)) or Owner.parse(storage.read_bytes(path)) == owner:
-        return Lease(folder, number, owner)
+    with suppress(storage.NotFoundError):  # after a conflict of two writers neither may have won
+        if storage.create(path, _encode(owner)) or Owner.parse(storage.read_bytes(path)) == owner:
+            return Lease(folder, number, owner)
     return None
 
 

@@ -62,6 +62,12 @@ def read_waiting(run: RunFolder) -> list[Report]:
     )
 
 
+def read_measurement(run: RunFolder, name: str) -> Measurement:
+    """One of those in the run's folder. Raises UserError if its file is damaged."""
+    uri = storage.join(run.measured, name)
+    return read_json_as(Measurement, uri, "restore it, or remove it: MLflow never knows what was measured then")
+
+
 class Records:
     """The one writer of a run's reports: the controller while it trains, the launcher before and after."""
 
@@ -151,8 +157,7 @@ class Records:
         return storage.list_files(self.run.measured)
 
     def _tell_measured(self, name: str) -> None:
-        uri = storage.join(self.run.measured, name)
-        found = read_json_as(Measurement, uri, "restore it, or remove it: MLflow never knows what was measured then")
+        uri, found = storage.join(self.run.measured, name), read_measurement(self.run, name)
         if found.failure:
             self._tracker.log_failure(f"fidelity at step {found.step}", found.failure)
         else:

@@ -22,7 +22,7 @@ import yaml
 
 from cluster import storage
 from cluster.registry import CODE_FOLDER, MODEL_FOLDER, describe_pyfunc, register
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, explained
 from data_shards import Manifest
 from trainers.model_source import ADAPTERS, INDEX
 from trainers.recipe import MSDMRecipe, Recipe, dump_recipe
@@ -57,7 +57,8 @@ def register_model(
     beside them is written first, to a folder of its own. `preview` is a PNG file of pictures that it drew of its
     recipe's prompts, for its card.
     """
-    run = tracker.client.get_run(tracker.run_id)
+    with explained(tracker.tracking_uri):
+        run = tracker.client.get_run(tracker.run_id)
     commit = run.data.tags.get("git_commit", "unknown")
     tags = {"manifest_digest": manifest.digest, "recipe": recipe.name, "family": recipe.family, "git_commit": commit}
     with finished_model(model) as pipeline, TemporaryDirectory() as temporary:

@@ -154,8 +154,9 @@ def _seconds_to_answer() -> float:
 
 def _registered_version(folder: Path, model_uri: str) -> Version | None:
     """The version that is served, of the model that runs:/ID/model became. It is served also where nobody can tell."""
+    run_id, _, artifact_folder = model_uri.removeprefix("runs:/").partition("/")
     try:
-        return RegisteredModel.version_of_copy(folder, model_uri.removeprefix("runs:/").partition("/")[0])
+        return RegisteredModel.version_of_copy(folder, run_id, artifact_folder)
     except UserError as error:
         logger.warning("the model is not checked, and is drawn with its own settings alone: %s", error)
         return None

@@ -101,7 +101,7 @@ class Watch:
 
     def _bar(self, name: str, completed: int, total: int, done: str, figures: str) -> None:
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total, done="", figures="")
+            self._tasks[name] = self._bars.add_task(plain(name), total=total, done="", figures="")
         self._figures[name] = figures or self._figures.get(name, "")  # the last ones stay until there are others
         self._bars.update(self._tasks[name], completed=completed, done=done, figures=self._figures[name])
 

@@ -265,7 +265,7 @@ def test_it_is_a_run_and_becomes_the_version_s_default(
 
     assert about(uri, "default") == ["2.5", "3", "ddpm"]
     assert about(uri, "own", guidance_scale=1.5, sampler="ddim") == ["1.5", "3", "ddim"]
-    assert about(str(tmp_path / "exported"), "folder") == ["3.5", "30", "dpm-solver++"]
+    assert about(str(tmp_path / "exported"), "folder") == ["4.5", "30", "dpm-solver++"]
     with open_model(uri) as source:
         assert drawing_of(source.folder, name=uri, sampling=source.sampling).defaults["guidance_scale"] == 2.5
     MlflowClient().set_model_version_tag("tiny", "1", "sampling.num_inference_steps", "many")

@@ -103,7 +103,7 @@ def test_generate_compiles_for_the_batches_it_draws(
         return [Image.new("RGB", (8, 8))] * len(numbers)
 
     monkeypatch.setattr(Model, "draw", noted)
-    command = ["generate", "--model", model, "--prompt", "a polyp", "--num-images", "3"]
+    command = ["generate", "--model", model, "--prompt", "a polyp", "--num-images", "3", "--overwrite"]
     for options in (["--compile"], ["--compile", "--batch-size", "2"], []):
         assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
     assert sizes == [3, 2, 2, 0]
@@ -111,7 +111,9 @@ def test_generate_compiles_for_the_batches_it_draws(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "promote"])
-def test_an_evaluation_is_asked_to_compile(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_asked_to_compile(
+    command: str, model: str, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests: list[Request] = []
 
     def judged(model: str, request: Request, folder: str, **given: Any) -> None:
@@ -120,8 +122,10 @@ def test_an_evaluation_is_asked_to_compile(command: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("trainers.evaluate.evaluate", judged)
     monkeypatch.setattr("trainers.promote.promote", lambda *given, evaluate, **named: evaluate("models:/m/1", "folder"))
+    monkeypatch.setattr("trainers.promote_cli.check_model", lambda uri: None)
+    asked = {"evaluate": model, "promote": "models:/m/1"}
     for options in (["--compile"], []):
-        CliRunner().invoke(app, [command, "models:/m/1", "--data", "shards", *options])
+        CliRunner().invoke(app, [command, asked[command], "--data", shards, *options])
     assert requests == [replace(requests[1], compile=True), requests[1]]
     assert not requests[1].compile
 

@@ -415,7 +415,7 @@ def test_two_machines_do_not_halve_the_time_of_one(pretrained: str) -> None:
 def test_the_copy_of_a_checkpoint_takes_host_memory(pretrained: str) -> None:
     """All bf16 states, cut over a host's GPUs or not: 6 bytes a parameter, 16 with fp32 states and average."""
     assert planned(recipe_of("flux-full-1xh200", pretrained), 1, "h200").copy_bytes == 6 * PARAMETERS
-    recipe = recipe_of("flux-full-8gpu", pretrained)
+    recipe = recipe_of("flux-full-8gpu", pretrained, "transformer.training.micro_batch_size=2")
     assert planned(recipe, 8, "h100").copy_bytes == 16 * PARAMETERS
     assert planned(recipe, 16, "h100").copy_bytes == 8 * PARAMETERS
 

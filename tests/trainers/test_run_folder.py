@@ -145,7 +145,8 @@ def test_a_finished_model_is_registered_once_under_each_name(
 ) -> None:
     registered: list[tuple[str, str]] = []
 
-    def register(*_: Any, name: str, artifact_folder: str) -> int:
+    def register(*_: Any, name: str, artifact_folder: str, preview: str | None) -> int:
+        assert preview is None  # nothing was drawn in this run
         registered.append((name, artifact_folder))
         return 1
 
