@@ -121,13 +121,11 @@ def generate(
         str | None,
         typer.Option(help="MSDM: fp32, or bf16, which is faster on GPUs and processors that have it. Default: fp32."),
     ] = None,
-    num_images: Annotated[int, typer.Option(metavar="N", min=NUM_IMAGES.low, max=NUM_IMAGES.high)] = 1,
+    num_images: Annotated[int, typer.Option(metavar="N", min=NUM_IMAGES.low)] = 1,
     batch_size: Annotated[
         int, typer.Option(metavar="N", min=BATCH_SIZE.low, max=BATCH_SIZE.high, help="Pictures drawn at a time.")
     ] = 8,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=SEED.low, max=SEED.high, help="The same seed draws the same pictures.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=SEED.low, help="The same seed draws the same pictures.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     compile: Annotated[
         bool,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.terminal import ask
-from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_IMAGES, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
+from trainers.drawing_settings import BATCH_SIZE, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SEED, TRUE_CFG_SCALE
 
 if TYPE_CHECKING:  # help need not wait for what an evaluation imports
     from trainers.evaluate import Request
@@ -22,14 +22,11 @@ NumSamples = Annotated[
     int,
     typer.Option(
         min=16,
-        max=NUM_IMAGES.high,
         metavar="N",
         help="Images to draw. Fewer than 250 seldom show that few are copies.",
     ),
 ]
-ImagesPerPrompt = Annotated[
-    int, typer.Option(min=1, max=NUM_IMAGES.high, metavar="N", help="Diversity is measured among those.")
-]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, metavar="N", help="Diversity is measured among those.")]
 Extractors = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,9 +56,7 @@ Sampler = Annotated[
 Precision = Annotated[str | None, typer.Option(help="MSDM: fp32 or bf16. Default: fp32.")]
 Seed = Annotated[
     int,
-    typer.Option(
-        min=SEED.low, max=SEED.high, metavar="N", help="The same seed draws the same images of the same prompts."
-    ),
+    typer.Option(min=SEED.low, metavar="N", help="The same seed draws the same images of the same prompts."),
 ]
 BatchSize = Annotated[
     int, typer.Option(min=BATCH_SIZE.low, max=BATCH_SIZE.high, metavar="N", help="Images drawn at a time.")
