@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -303,8 +304,15 @@ class UpdateInBackward:
         device = parameters[0].device
         self._squares = torch.zeros((), device=device)
         self._factor = torch.ones((), device=device)  # by which this step's gradients are clipped
+        # Hooks live in C++, where the garbage collector does not see that they and the weights keep each other alive.
+        me = weakref.ref(self)
+
+        def on_gradient(parameter: Tensor) -> None:
+            if (updating := me()) is not None:
+                updating._on_gradient(parameter)
+
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            parameter.register_post_accumulate_grad_hook(on_gradient)
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:

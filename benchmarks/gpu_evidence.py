@@ -5,17 +5,18 @@
     python -m benchmarks.gpu_evidence --device cpu --tiny --out tiny.json  # rehearse all of it, in two minutes
 
 machine      versions, a bf16 matrix product, a copy, and the bf16 optimizer's update, eager and compiled
-flux-512     flux_step's five rows that matter, 512 x 512
+flux-512     flux_step's five rows that matter (four without torchao), 512 x 512
 flux-1024    the same at 1024 x 1024
 engine       the engine and objective of recipes/flux-full-1xh200.yaml at FLUX.1-dev's size, beside what `plan` says
+layer-hooks  one row of the same, with DeepSpeed's hooks at each layer in place of each block
 whole-way    a third of the blocks: shards, precomputed set, steps, two saves on end, resume, export, a picture
 msdm         msdm_step at the study's size: micro-batch 16 and 64, compiled and not
 tests        pytest -m gpu
 
-Each part runs in a process of its own and is ended after four minutes. As soon as it is done, it is printed as one JSON
-line and the file is written anew. A part begins no row that its time is not likely to cover, and names the rows that it
-left out. A row that does not fit the GPU is skipped, with the reason. Neither Ray nor MLflow is needed;
-benchmarks/README.md says which wheels are.
+Each part runs in a process of its own and is ended after four minutes, or when the time for all is over. As soon as it
+is done, it is printed as one JSON line and the file is written anew. A part begins no further row if one as long as its
+longest so far would not end in its time, and names the rows that it left out. A row that does not fit the GPU is
+skipped, with the reason. Neither Ray nor MLflow is needed; benchmarks/README.md says which wheels are.
 """
 
 import argparse
@@ -27,13 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
@@ -54,17 +56,20 @@ from trainers.hardware import gpu_here, gpu_named, matmul_flops
 from trainers.objectives import RectifiedFlowObjective
 from trainers.plan import plan_flux
 from trainers.recipe import FluxRecipe, load_recipe
+from trainers.saving import SPARE, available_memory
 
+KERNELS = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "gpu-evidence-kernels"))
 PART_SECONDS = 240.0
 ALL_SECONDS = 540.0
 SHARES = {  # of the time for all
     "machine": 8,
-    "flux-512": 20,
-    "flux-1024": 18,
-    "engine": 20,
+    "flux-512": 17,
+    "flux-1024": 15,
+    "engine": 16,
+    "layer-hooks": 5,
     "whole-way": 20,
-    "msdm": 10,
-    "tests": 4,
+    "msdm": 14,
+    "tests": 5,
 }
 THIRD = {"num_layers": 6, "num_single_layers": 13}  # of 19 and 38
 STEPS = 5
@@ -221,11 +226,20 @@ def variant_bytes(variant: Variant) -> float:
 
 
 def engine(setting: Setting, keep: Keep) -> None:
-    """The recipe's settings. Rows differ in micro-batch, in compiled blocks and in where DeepSpeed's hooks sit."""
+    """Rows differ in micro-batch, and in whether blocks are compiled."""
+    engine_rows(setting, keep, ["2", "2 compiled"] if setting.is_tiny else ["4", "8", "8 compiled", "4 compiled", "1"])
+
+
+def layer_hooks(setting: Setting, keep: Keep) -> None:
+    """In a process of its own: DeepSpeed keeps an engine's memory as long as its process lives."""
+    with hooks_at_each_layer():
+        engine_rows(setting, keep, ["2" if setting.is_tiny else "4"])
+
+
+def engine_rows(setting: Setting, keep: Keep, names: Sequence[str]) -> None:
+    """With the recipe's settings; a row's name is its micro-batch. The first that fails is the last."""
     recipe = load_recipe(str(ROOT / "recipes/flux-full-1xh200.yaml"))
     assert isinstance(recipe, FluxRecipe)
-    names = ["8", "4", "1", "8 compiled", "4 compiled", "4, hooks at each layer"]
-    names = ["2", "2 compiled", "2, hooks at each layer"] if setting.is_tiny else names
     gpu = gpu_here() or gpu_named("h200")
     plans = {
         size: plan_flux(with_micro_batch(recipe, size), num_gpus=1, gpu=gpu, price_per_gpu_hour=None)
@@ -244,11 +258,6 @@ def engine(setting: Setting, keep: Keep) -> None:
             assert isinstance(trained.model.module, nn.Module)
             compile_forwards(trained.model.module, backend="eager" if setting.is_tiny else "inductor")
             is_compiled = True
-        if "layer" in name:
-            del trained
-            free(setting)
-            with hooks_at_each_layer():
-                trained = build_engine(setting, recipe)
         row = {"row": name, "micro_batch": size, "planned_gib": plan.gpu_bytes / GIB}
         row |= {"planned_images_per_second": plan.images_per_second}
         if lack := lacking(setting, plan.gpu_bytes):
@@ -256,11 +265,13 @@ def engine(setting: Setting, keep: Keep) -> None:
         else:
             try:
                 row |= engine_row(setting, trained, size, recipe)
-            except torch.OutOfMemoryError as error:
-                row["failed"] = first_line(error)
-        free(setting)
+            except RuntimeError as error:  # such as out of memory, after which the engine is in no state to go on
+                row["failed"] = f"{type(error).__name__}: {first_line(error)}"
         found["rows"].append(row)
         keep(found | {"left_out": left_out})
+        if "failed" in row:
+            break
+        free(setting)
     keep(found | {"left_out": left_out})
 
 
@@ -354,7 +365,11 @@ def whole_way(setting: Setting, keep: Keep) -> None:
     """By the functions that `medsynth` calls, one rank, in this process."""
     config = dict(setting.config) | ({} if setting.is_tiny else THIRD)
     parameters = way.parameters_of(config)
-    needed = {"GiB of GPU memory": (10 * parameters + 20 * GIB, setting.memory_bytes)}
+    needed = {
+        "GiB of GPU memory": (10 * parameters + 20 * GIB, setting.memory_bytes),
+        # What the copy of a checkpoint is asked to leave free counts, and this process.
+        "GiB of host memory": (SPARE * 6 * parameters + 6 * GIB, available_memory()),
+    }
     with tempfile.TemporaryDirectory(prefix="gpu-evidence-") as folder:
         # A checkpoint takes 6 bytes a parameter, the model before the training and the one after it 2 each.
         needed["GiB of disk"] = (11 * parameters, way.free_disk(Path(folder)))
@@ -363,9 +378,13 @@ def whole_way(setting: Setting, keep: Keep) -> None:
                 keep({"skipped": f"needs {wanted / GIB:.0f} {what}, there are {there / GIB:.0f}"})
                 return
         found: dict[str, Any] = {"parameters": parameters, "seconds": {}}
-        for name, result in way.stages(
-            Path(folder), config, setting.device, is_tiny=setting.is_tiny, steps=STEPS, save_every=SAVE_EVERY
-        ):
+        found["available_host_gib"] = available_memory() / GIB
+
+        def keep_partial(partial: Mapping[str, Any]) -> None:
+            keep(found | {"in_training": partial})
+
+        how: dict[str, Any] = {"is_tiny": setting.is_tiny, "steps": STEPS, "save_every": SAVE_EVERY}
+        for name, result in way.stages(Path(folder), config, setting.device, **how, keep=keep_partial):
             found["seconds"][name] = result.pop("seconds")
             found |= result
             keep(found)
@@ -379,12 +398,12 @@ def msdm(setting: Setting, keep: Keep) -> None:
         runs = {"2": ["--batch", "2", "--steps", "2", "--warmup", "1", "--threads", "2", "--tiny"]}
     else:
         usual = ["--warmup", "20", "--steps", "40", "--checkpoint-every", "1000", "--channels-last"]
-        runs = {
-            "64 compiled": ["--batch", "64", "--compile", *usual],
+        runs = {  # what takes longest comes last
             "64": ["--batch", "64", *usual],
             "16": ["--batch", "16", *usual],
-            "16 compiled": ["--batch", "16", "--compile", *usual],
             "64, the study's method": ["--batch", "64", *usual],
+            "64 compiled": ["--batch", "64", "--compile", *usual],
+            "16 compiled": ["--batch", "16", "--compile", *usual],
         }
     found: dict[str, Any] = {}
     left_out: list[str] = []
@@ -397,7 +416,7 @@ def msdm(setting: Setting, keep: Keep) -> None:
                 [*command, "--contenders", contender, "--out", str(out)], capture_output=True, text=True
             )
             if done.returncode:
-                found[name] = {"failed": done.stderr.strip().splitlines()[-1:]}
+                found[name] = {"failed": done.stderr.strip().splitlines()[-20:]}
             else:
                 document = json.loads(out.read_text())
                 found[name] = document["median"][contender] | document["turns"][contender][0]
@@ -421,7 +440,7 @@ def tests(setting: Setting, keep: Keep) -> None:
         "tests/trainers/test_gpu.py",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    keep({"exit_code": done.returncode, "output": done.stdout.strip().splitlines()[-20:]})
+    keep({"exit_code": done.returncode, "output": (done.stdout + done.stderr).strip().splitlines()[-30:]})
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}")
 
@@ -431,6 +450,7 @@ PARTS: dict[str, Callable[[Setting, Keep], None]] = {
     "flux-512": lambda setting, keep: flux_rows(setting, keep, resolution=512),
     "flux-1024": lambda setting, keep: flux_rows(setting, keep, resolution=1024),
     "engine": engine,
+    "layer-hooks": layer_hooks,
     "whole-way": whole_way,
     "msdm": msdm,
     "tests": tests,
@@ -440,8 +460,11 @@ PARTS: dict[str, Callable[[Setting, Keep], None]] = {
 # --- the run ---
 
 
-def run_part(name: str, arguments: argparse.Namespace, seconds: float, ceiling: float | None) -> dict[str, Any]:
-    """One part in a process of its own: its result, also where it failed or was ended."""
+def run_part(
+    name: str, arguments: argparse.Namespace, *, seconds: float, limit: float, ceiling: float | None
+) -> dict[str, Any]:
+    """One part in a process of its own, which aims at `seconds` and is ended after `limit`: its result, also where it
+    failed or was ended."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result, errors = Path(folder) / "result.json", Path(folder) / "stderr"
@@ -452,16 +475,17 @@ def run_part(name: str, arguments: argparse.Namespace, seconds: float, ceiling: 
             child = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                # What a part leaves behind when it is ended goes with its folder. Compiled kernels serve the next part.
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": KERNELS},
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
                 start_new_session=True,
             )
-            status = wait(child, PART_SECONDS)
+            status = wait(child, limit)
         found = {"part": name, "status": status, "seconds": time.perf_counter() - began}
-        if status not in ("ok", "timed out"):
-            found["error"] = errors.read_text(errors="replace").strip().splitlines()[-3:]
+        if status != "ok":
+            found["error"] = errors.read_text(errors="replace").strip().splitlines()[-30:]
         return found | {"result": json.loads(result.read_text()) if result.exists() else None}
 
 
@@ -487,7 +511,8 @@ def run_all(names: list[str], arguments: argparse.Namespace) -> bool:
         if left <= 0:
             found: dict[str, Any] = {"part": name, "status": "not begun", "error": ["the time for all parts was over"]}
         else:
-            found = run_part(name, arguments, min(PART_SECONDS * 0.9, left * share), ceiling)
+            seconds, limit = min(0.9 * PART_SECONDS, share * left), min(PART_SECONDS, left)
+            found = run_part(name, arguments, seconds=seconds, limit=limit, ceiling=ceiling)
         if name == "machine" and found.get("result"):
             ceiling = found["result"]["matmul_tflops"] * 1e12
         document["parts"][name] = found
@@ -512,7 +537,8 @@ def main() -> None:
     parser.add_argument("--ceiling", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        setting = Setting(torch.device(arguments.device), arguments.tiny, arguments.seconds, arguments.ceiling or None)
+        left = arguments.seconds - (time.time() - psutil.Process().create_time())  # importing takes its share
+        setting = Setting(torch.device(arguments.device), arguments.tiny, left, arguments.ceiling or None)
         PARTS[arguments.part](setting, lambda found: flux_step.write(found, arguments.result))
         return
     names = arguments.parts.split(",") if arguments.parts else list(PARTS)
@@ -528,6 +554,7 @@ def main() -> None:
     if arguments.out is None:
         gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").strip().replace(" ", "-")
         arguments.out = RESULTS / f"{date.today()}-gpu-evidence-{gpu}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part at work is ended with this
     sys.exit(0 if run_all(names, arguments) else 1)
 
 

@@ -299,11 +299,13 @@ def summary(reported: dict[int, dict[str, float]], options: argparse.Namespace) 
     usual = statistics.median(seconds)
     in_all = math.fsum(seconds) + math.fsum(metrics["stall_seconds"] for metrics in warm)
     checkpoints = sum(step > options.warmup and step % options.checkpoint_every == 0 for step in range(last))
-    return {
+    found = {
         "images_per_second": options.batch / usual,
         **{name: statistics.median(metrics[name] for metrics in warm) for name in parts},
-        "seconds_of_a_checkpoint": (in_all - len(warm) * usual) * per_log / max(1, checkpoints),
     }
+    if checkpoints:
+        found["seconds_of_a_checkpoint"] = (in_all - len(warm) * usual) * per_log / checkpoints
+    return found
 
 
 def turn(options: argparse.Namespace) -> dict[str, float]:

@@ -4,13 +4,14 @@ Shards, precomputed set, training, two saves on end, resume, export, a picture: 
 calls for it. A part of benchmarks/gpu_evidence.py.
 """
 
-import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -96,9 +97,16 @@ def free_disk(folder: Path) -> int:
 
 
 def stages(
-    folder: Path, config: Mapping[str, Any], device: torch.device, *, is_tiny: bool, steps: int, save_every: int
+    folder: Path,
+    config: Mapping[str, Any],
+    device: torch.device,
+    *,
+    is_tiny: bool,
+    steps: int,
+    save_every: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> Iterator[Result]:
-    """What each stage found, with its `seconds`, as soon as it is done."""
+    """What each stage found, with its `seconds`, as soon as it is done; `keep` is told what a training found so far."""
     began = time.perf_counter()
 
     def done(name: str, **found: Any) -> Result:
@@ -116,73 +124,104 @@ def stages(
     yield done("precompute")
 
     run = RunFolder.of(recipe, "evidence")
-    first = Watched()
-    train_rank(recipe, STAGE, run, device=device, report=first.report, resume_from=None)
-    first.finish()
-    yield done("train", losses=first.losses, saves=first.saves, staged_bytes=first.staged_bytes)
-    let_go(device)
+    first = in_a_process(recipe, run, device, folder / "train.json", keep)
+    yield done("train", **{name: first[name] for name in ("losses", "saves", "staged_bytes")})
 
     further = type(recipe).model_validate(recipe.model_dump() | {"transformer": with_steps(recipe, steps + 1)})
-    second = Watched(first.newest)
-    train_rank(further, STAGE, run, device=device, report=second.report, resume_from=first.checkpoint)
-    second.finish()
-    yield done("resume", resumed_losses=second.losses)
-    let_go(device)
+    second = in_a_process(further, run, device, folder / "resume.json", keep, resume_from=first["checkpoint"])
+    yield done("resume", resumed_losses=second["losses"])
 
-    flux.export(recipe, STAGE, run, second.checkpoint, folder / "model")
-    shutil.rmtree(second.checkpoint)
+    checkpoint = Path(second["checkpoint"])
+    flux.export(recipe, STAGE, run, checkpoint, folder / "model")
+    shutil.rmtree(checkpoint)
     yield done("export", model_bytes=sum(path.stat().st_size for path in (folder / "model").rglob("*.safetensors")))
     yield done("draw", picture_is_finite=draw(folder / "model", recipe, config, device))
+
+
+def in_a_process(
+    recipe: FluxRecipe,
+    run: RunFolder,
+    device: torch.device,
+    result: Path,
+    keep: Callable[[dict[str, Any]], None],
+    resume_from: str | None = None,
+) -> dict[str, Any]:
+    """Train in a process of its own, as `medsynth train` does: DeepSpeed keeps its memory until the process ends."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=train, args=(recipe, run, device, result, resume_from)
+    )
+    process.start()
+    while process.is_alive():
+        process.join(1)
+        if result.exists():
+            keep(json.loads(result.read_text()))
+    if process.exitcode:
+        raise RuntimeError(f"the training's process ended with {process.exitcode}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def train(recipe: FluxRecipe, run: RunFolder, device: torch.device, result: Path, resume_from: str | None) -> None:
+    """Train a stage on one rank, and write what was found to `result` after each report and each save."""
+    watched = Watched(result, Path(resume_from) if resume_from else None)
+    original, loop.save = loop.save, watched.save
+    try:
+        train_rank(recipe, STAGE, run, device=device, report=watched.report, resume_from=watched.newest)
+        watched.finish()
+    finally:
+        loop.save = original
 
 
 class Watched:
     """What a rank reported, and how long its saves held it up. The disk holds one checkpoint at a time."""
 
-    def __init__(self, newest: Saving | None = None) -> None:
-        self.losses: dict[int, float] = {}
-        self.saves: list[dict[str, Any]] = []
-        self.staged_bytes = 0
+    def __init__(self, result: Path, newest: Path | None) -> None:
         self.newest = newest
+        self._result = result
         self._save = loop.save
-        loop.save = self._timed  # the loop's own, for as long as this watches
-
-    @property
-    def checkpoint(self) -> Path:
-        assert self.newest is not None
-        return self.newest.folder
+        self._written: Future[None] | None = None
+        self._found: dict[str, Any] = {"losses": {}, "saves": [], "staged_bytes": 0}
 
     def report(self, step: int, metrics: dict[str, float], pixels: Tensor | None, saving: Saving | None) -> None:
         if "loss" in metrics:
-            self.losses[step] = metrics["loss"]
+            self._found["losses"][str(step)] = metrics["loss"]
+        self._keep()
 
-    def finish(self) -> None:
-        loop.save = self._save
-        for save in self.saves:
-            save.pop("saving").written.result()
-
-    def _timed(self, engine: Engine, step: int) -> Saving | None:
-        before, began = self.newest, time.perf_counter()
-        waited = 0.0
-        if before is not None:  # the writer would wait for it as well, but would not say for how long
-            before.written.result()
+    def save(self, engine: Engine, step: int) -> Saving | None:
+        """In place of the loop's own."""
+        began, waited = time.perf_counter(), 0.0
+        if self._written is not None:  # the writer would wait for it as well, but would not say for how long
+            self._written.result()
             waited = time.perf_counter() - began
-            shutil.rmtree(before.folder)
+        if self.newest is not None:
+            shutil.rmtree(self.newest)
         saving = self._save(engine, step)
         assert saving is not None
-        self.newest = saving
+        self.newest, self._written = saving
         writer = engine._writer  # type: ignore[attr-defined]
-        self.staged_bytes = writer.staged_bytes
-        self.saves.append(
+        self._found["staged_bytes"] = writer.staged_bytes
+        self._found["saves"].append(
             {
                 "step": step,
                 "seconds_waiting_for_the_save_before": waited,
                 "seconds_of_stall": time.perf_counter() - began - waited,
                 "was_written_beside": not saving.written.done(),
                 "is_pinned": writer.staging_is_pinned,
-                "saving": saving,
             }
         )
+        self._keep()
         return saving
+
+    def finish(self) -> None:
+        assert self._written is not None
+        self._written.result()
+        self._found["checkpoint"] = str(self.newest)
+        self._keep()
+
+    def _keep(self) -> None:
+        part = self._result.with_suffix(".part")
+        part.write_text(json.dumps(self._found))
+        part.replace(self._result)
 
 
 def write_pretrained(folder: Path, config: Mapping[str, Any], device: torch.device) -> None:
@@ -257,12 +296,6 @@ def with_steps(recipe: FluxRecipe, steps: int) -> dict[str, Any]:
     settings = recipe.transformer.model_dump()
     settings["training"]["steps"] = steps
     return settings
-
-
-def let_go(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def draw(model: Path, recipe: FluxRecipe, config: Mapping[str, Any], device: torch.device) -> bool:

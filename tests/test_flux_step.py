@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,20 @@ def test_updates_in_backward_clip_by_the_last_norm_and_keep_no_gradient() -> Non
     for first, second in zip(sorted(seen[:2], key=len), sorted(seen[2:], key=len), strict=True):
         torch.testing.assert_close(first, torch.full_like(first, 2.0))
         torch.testing.assert_close(second, first * MAX_GRAD_NORM / norm)
+
+
+def test_a_model_that_updates_in_its_backward_pass_is_let_go_of() -> None:
+    """A later variant needs its memory, which on a GPU is all of it."""
+    variant = Variant("", optimizer="adamw-bf16-stochastic", update_in_backward=True)
+    transformer = build_transformer(SETTING)
+    prepare(transformer, variant, SETTING)
+    step = training_step(transformer, variant, SETTING)
+    step(make_batch(Variant("", resolution=32, micro_batch=2), SETTING))
+    weights = [weakref.ref(parameter) for parameter in transformer.parameters()]
+    assert len(weights) > 50
+    del transformer, step
+    gc.collect()
+    assert not [one for one in weights if one() is not None]
 
 
 def test_fused_projections_compute_the_same_with_as_many_weights() -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ class StagingBuffer:
             logger.warning(
                 "Checkpoints are copied more slowly: pinning %d bytes gave CUDA error %d", self.nbytes, error
             )
+            with suppress(RuntimeError):  # CUDA reports it once more, to the next kernel: let it be this one
+                torch.zeros(1, device="cuda")
         return not error
 
     def copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -105,6 +108,10 @@ class StagingBuffer:
             copies.append(part.copy_(tensor.detach(), non_blocking=self.is_pinned))
             start += _aligned(tensor.nbytes)
         return copies
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # CUDA may be gone at the end of the process
+            self.close()  # or CUDA would go on with these pages for whatever lies at the address next
 
     def close(self) -> None:
         """Let go of the memory; copies are not to be read any more."""

@@ -18,7 +18,7 @@ from trainers.flux.checkpointing import set_activation_checkpointing
 from trainers.msdm import MSDMPipeline
 from trainers.recipe import MSDMRecipe, Training
 from trainers.run_folder import RunFolder
-from trainers.saving import CheckpointWriter
+from trainers.saving import CheckpointWriter, StagingBuffer
 
 __all__ = ["run"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -80,6 +80,16 @@ def test_two_saves_on_end_are_both_written_beside_the_training(tmp_path: Path) -
             tensor += 1
     assert writer.staging_is_pinned
     assert nbytes <= writer.staged_bytes < 1.001 * nbytes
+
+
+def test_memory_that_cannot_be_pinned_spoils_no_kernel() -> None:
+    buffer = StagingBuffer(2**20, pinned=True)
+    assert buffer.is_pinned
+    assert not buffer._pin()  # it is pinned already, which CUDA refuses
+    assert float((torch.ones(1000, device=DEVICE) * 2).sum()) == 2000
+    (copy,) = buffer.copies_of([torch.arange(1000, device=DEVICE)])
+    torch.cuda.synchronize()
+    assert torch.equal(copy, torch.arange(1000))
 
 
 def test_a_compiled_update_takes_the_eager_ones_step() -> None:
