@@ -109,11 +109,12 @@ class RankExporter(Exporter):
             with self._harmless():
                 self._counters[name] = _made(Counter, name, text, own)
         self._counted = counters.counted()
-        self.checkpointed()
+        self._checkpointed = time.time()
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Export what this rank's loop reports, and what was counted in this process since it last did."""
-        for name, value in {"step": step, **metrics}.items():
+        # Ray's agent forgets a gauge that is not set again, so this one is set although it has not changed.
+        for name, value in {"step": step, **metrics, "checkpoint_timestamp_seconds": self._checkpointed}.items():
             self.set(name, value)
         before, self._counted = self._counted, counters.counted()
         for event, times in (self._counted - before).items():
@@ -122,8 +123,8 @@ class RankExporter(Exporter):
                     counter.inc(times)
 
     def checkpointed(self) -> None:
-        """Export that a checkpoint is whole in storage now."""
-        self.set("checkpoint_timestamp_seconds", time.time())
+        """A checkpoint is whole in storage now: the next report exports that."""
+        self._checkpointed = time.time()
 
 
 def controller_exporter(*, run: str, stage: str) -> Exporter:
