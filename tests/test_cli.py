@@ -103,6 +103,8 @@ def one_row(folder: Path) -> str:
     return str(folder / "t.csv")
 
 
+FLUX_TINY = Path(__file__).parent / "data" / "flux-tiny"
+
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such recipe": (lambda here: ["train", "nowhere.yaml"], "cannot read nowhere.yaml: it is not there"),
     "a recipe of another folder": (
@@ -142,7 +144,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "holds no diffusers pipeline",
     ),
     "output is a file": (
-        lambda here: ["generate", "--model", "m", "--prompt", "x", "--out", str(here / "recipe.yaml")],
+        lambda here: ["generate", "--model", str(FLUX_TINY), "--prompt", "x", "--out", str(here / "recipe.yaml")],
         "cannot write .*recipe.yaml.*: File exists; choose another --out",
     ),
     "a bad share": (
