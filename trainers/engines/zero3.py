@@ -260,12 +260,15 @@ def gather_by_block(model: nn.Module) -> None:
     batch would otherwise wait for the process that runs the hooks."""
     for block in blocks_of(model):
         set_z3_leaf_module(block, True)
-        block.register_forward_pre_hook(_by_position, with_kwargs=True)
+        # Read once: a pass calls each block twice, and reading a signature takes longer than binding to it.
+        block.register_forward_pre_hook(partial(_by_position, inspect.signature(block.forward)), with_kwargs=True)
 
 
-def _by_position(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _by_position(
+    signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
     """Inputs by position: DeepSpeed's hooks see no others, and would let go of the weights before the backward pass."""
-    call = inspect.signature(block.forward).bind(*args, **kwargs)
+    call = signature.bind(*args, **kwargs)
     call.apply_defaults()
     return call.args, call.kwargs
 
