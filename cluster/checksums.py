@@ -22,6 +22,11 @@ def checksums(folders: Sequence[Path]) -> str:
     return "".join(sorted(lines, key=lambda line: line[66:]))
 
 
+def digests_in(sums: str) -> dict[str, str]:
+    """The SHA-256 of each file that the lines name, by its name."""
+    return {line[66:]: line[:64] for line in sums.splitlines()}
+
+
 def digest_of(sums: str) -> str:
     """SHA-256 of the lines: one digest for the whole folder."""
     return hashlib.sha256(sums.encode()).hexdigest()
@@ -33,8 +38,7 @@ def check_folder(folder: Path, sums: str, uri: str, *, ignoring: Collection[str]
     One that `sums` does not name is refused too, for it may take the place of one that it does; but not those to be
     ignored, nor what Python keeps beside code that it ran.
     """
-    expected = {line[66:]: line[:64] for line in sums.splitlines()}
-    found = {line[66:]: line[:64] for line in checksums([folder]).splitlines()}
+    expected, found = digests_in(sums), digests_in(checksums([folder]))
     for name in sorted(expected.keys() | found.keys()):
         if name in ignoring or "__pycache__" in name.split("/"):
             continue

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster import storage
-from cluster.checksums import checksums
+from cluster.checksums import checksums, digests_in
 from cluster.documents import parsing, read_json
 from cluster.errors import UserError
 
@@ -59,12 +59,9 @@ def fault_of(checkpoint: str) -> str | None:
     """
     names = storage.list_files(checkpoint)
     seals = [name for name in names if name.startswith(SEAL)]
-    lines = [
-        line
-        for seal in seals
-        for line in storage.read_bytes(storage.join(checkpoint, seal)).decode(errors="replace").splitlines()
-    ]
-    expected = {line[66:]: line[:64] for line in lines}
+    expected: dict[str, str] = {}
+    for seal in seals:
+        expected |= digests_in(storage.read_bytes(storage.join(checkpoint, seal)).decode(errors="replace"))
     others = set(names) - set(seals)
     for name in sorted(expected.keys() | others):
         if name not in others:
